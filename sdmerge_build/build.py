@@ -1,0 +1,232 @@
+"""Owns the build: the only scheduler and the only clock, from what is wanted to artifacts published with their manifests.
+
+Has never heard of terminals. Imports `merge`, and with it torch, only when something must really be merged.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdmerge_build import __version__
+from sdmerge_build.check import Checked, check
+from sdmerge_build.emit import can_reemit, reemit
+from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SpaceError
+from sdmerge_build.events import State, Watcher
+from sdmerge_build.files import Snapshot, as_space_error, free_space, readable_size
+from sdmerge_build.manifest import is_current, manifest_of, manifest_path, write_manifest
+from sdmerge_build.passes import Leaf, Output, Pass, plan_passes
+from sdmerge_build.prepare import Options, Prepared, Wish, joined, prepare
+from sdmerge_build.store import Stored
+from sdmerge_build.tensorfile import Layout, lay_out, read_header
+from sdmerge_build.writer import Written
+
+__all__ = ["Report", "build", "dry_run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The outcome of one run: what was asked for, in recipe order, and what became of it."""
+
+    recipe: Path
+    wishes: Sequence[Wish]
+    bytes_read: int
+    bytes_written: int
+    published: int
+    seconds: float
+    warnings: Sequence[str]
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0, or the code of the first artifact that failed."""
+        return next((wish.error.exit_code for wish in self.wishes if wish.error), 0)
+
+
+def build(path: Path, options: Options, watcher: Watcher) -> Report:
+    """Build what a recipe asks for. Nothing is visible under a final name before it is complete and on disk.
+
+    Raises `SdbuildError`; with `options.keep_going` artifacts that cannot be built are reported instead.
+    """
+    began = time.monotonic()
+    torch = _TorchImport()
+    prepared = prepare(path, options, watcher, on_read=torch.start)
+    prepared.store.sweep()
+    run = _Run(prepared, options, watcher)
+    if any(wish.state in {State.WANTED, State.EMITTED} for wish in prepared.wishes):
+        run.plan()
+        run.check_space()
+        run.make(torch)
+    published = run.publish()
+    return run.report(published, time.monotonic() - began)
+
+
+def dry_run(path: Path, options: Options, watcher: Watcher) -> Report:
+    """Say what `build` would do. Sources nothing is known of are read, to know their keys; nothing is built."""
+    began = time.monotonic()
+    prepared = prepare(path, options, watcher, on_read=lambda: None)
+    run = _Run(prepared, options, watcher)
+    if any(wish.state in {State.WANTED, State.EMITTED} for wish in prepared.wishes):
+        run.plan()
+    return run.report(0, time.monotonic() - began)
+
+
+class _TorchImport:
+    """Imports the arithmetic in the background, while files are being read."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin, unless begun."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=importlib.import_module, args=("sdmerge_build.merge",), daemon=True)
+            self._thread.start()
+
+    def module(self) -> Any:
+        """Wait for the import, and return `merge`."""
+        self.start()
+        assert self._thread, "BUG: the import was started"
+        self._thread.join()
+        return importlib.import_module("sdmerge_build.merge")
+
+
+class _Run:
+    """One build of one recipe."""
+
+    def __init__(self, prepared: Prepared, options: Options, watcher: Watcher) -> None:
+        self._prepared = prepared
+        self._options = options
+        self._watcher = watcher
+        self._checked: Checked | None = None
+        self._layouts: dict[str, Layout] = {}
+        self._passes: list[Pass] = []
+        self._began = time.time()
+
+    def _wishes(self, *states: State) -> list[Wish]:
+        return [wish for wish in self._prepared.wishes if wish.state in states]
+
+    def check(self) -> Checked:
+        """Infer every tensor, once, when it is first needed."""
+        if self._checked is None:
+            headers = {name: source.header for name, source in self._prepared.found.items()}
+            self._checked = check(self._prepared.plan, headers)
+        return self._checked
+
+    def plan(self) -> None:
+        """Check what is to be made, lay it out, and plan the passes. Raises every mismatch at once, unless told to keep going."""
+        checked, plan = self.check(), self._prepared.plan
+        for wish in self._wishes(State.WANTED, State.EMITTED):
+            if issues := [issue for name in plan.ancestors(wish.step.name) for issue in checked.issues.get(name, ())]:
+                wish.state, wish.error = State.FAILED, RecipeError(*issues)
+        if (errors := [wish.error for wish in self._prepared.wishes if wish.error]) and not self._options.keep_going:
+            raise joined(errors)
+        for wish in self._wishes(State.WANTED, State.EMITTED):
+            name = wish.step.name
+            self._layouts[name] = lay_out(checked.tensors[name].values(), wish.metadata)
+            if wish.stored and not can_reemit(read_header(wish.stored.path), self._layouts[name]):
+                wish.state, wish.stored = State.WANTED, None
+        self._plan_passes()
+
+    def _plan_passes(self) -> None:
+        prepared = self._prepared
+        leaves = {name: Leaf(name=name, path=found.path, header=found.header) for name, found in prepared.found.items()}
+        for wish in self._wishes(State.REUSED, State.EMITTED):
+            if wish.stored:
+                leaves[wish.step.name] = Leaf(name=wish.step.name, path=wish.stored.path, header=read_header(wish.stored.path))
+        keys = {name: description.key for name, description in prepared.described.items()}
+        outputs = [
+            Output(name=wish.step.name, layout=self._layouts[wish.step.name], nonfinite=wish.step.nonfinite)
+            for wish in self._wishes(State.WANTED)
+        ]
+        self._passes = list(plan_passes(prepared.plan, self.check(), keys, leaves, outputs))
+
+    def check_space(self) -> None:
+        """Refuse to begin what the disk cannot hold."""
+        needed = sum(self._layouts[wish.step.name].size for wish in self._wishes(State.WANTED, State.EMITTED))
+        store, out = self._options.store_root, self._options.out_folder
+        folders = {_device(folder): folder for folder in (out, store)}
+        for folder in folders.values():
+            if (free := free_space(folder)) < needed:
+                what = f"no space left: {readable_size(needed)} are needed, {readable_size(free)} are free"
+                raise SpaceError(Issue(where=str(folder), what=what, hint="free some space, or use another disk with --store and --out"))
+
+    def make(self, torch: _TorchImport) -> None:
+        """Re-emit and merge what is wanted, and commit it to the store."""
+        needed = sum(self._layouts[wish.step.name].size for wish in self._wishes(State.WANTED, State.EMITTED))
+        with self._prepared.store.partial() as folder, as_space_error(folder, needed):
+            for wish in self._wishes(State.EMITTED):
+                self._reemit(wish, folder)
+            for walk in self._passes:
+                self._merge(walk, folder, torch)
+
+    def _reemit(self, wish: Wish, folder: Path) -> None:
+        stored, name = wish.stored, wish.step.name
+        assert stored, "BUG: a re-emission has tensors to copy"
+        target = folder / f"{name}.safetensors"
+        self._watcher.started(name, stored.size)
+        header = read_header(stored.path)
+        written = reemit(stored.path, header, self._layouts[name], target, stored.tensor_digest, self._watcher.advanced)
+        self._watcher.finished()
+        self._commit(wish, target, written, State.EMITTED, stored.trace["versions"])
+
+    def _merge(self, walk: Pass, folder: Path, torch: _TorchImport) -> None:
+        wishes = {wish.step.name: wish for wish in self._wishes(State.WANTED)}
+        targets = [folder / f"{output.name}.safetensors" for output in walk.outputs]
+        before = {leaf.path: Snapshot.of(leaf.path) for leaf in walk.leaves}
+        merge = torch.module()
+        self._watcher.started(", ".join(output.name for output in walk.outputs), walk.bytes_written)
+        results = merge.run(walk, targets, self._options.jobs, self._watcher.advanced, keep_going=self._options.keep_going)
+        self._watcher.finished()
+        for path, snapshot in before.items():
+            if Snapshot.of(path) != snapshot:
+                raise IntegrityError(Issue(where=str(path), what="the file changed while it was being merged", hint="run again once it is at rest"))
+        versions = {"sdbuild": __version__, "torch": merge.torch.__version__}
+        for output, target, result in zip(walk.outputs, targets, results, strict=True):
+            wish = wishes[output.name]
+            if isinstance(result, SdbuildError):
+                wish.state, wish.error = State.FAILED, result
+            else:
+                self._commit(wish, target, result, State.BUILT, versions)
+
+    def _commit(self, wish: Wish, target: Path, written: Written, state: State, versions: dict[str, str]) -> None:
+        facts = {"name": wish.step.name, "versions": versions, "began": self._began, "ended": time.time()}
+        wish.stored = self._prepared.store.commit(target, written, wish.tensor_key, wish.artifact_key, facts)
+        wish.state = state
+
+    def publish(self) -> int:
+        """Make every finished artifact appear with its manifest; return how many were not there yet."""
+        published = 0
+        store, plan = self._prepared.store, self._prepared.plan
+        for wish in self._wishes(State.REUSED, State.EMITTED, State.BUILT):
+            assert wish.stored, "BUG: a finished artifact is in the store"
+            published += bool(store.publish(wish.stored, wish.target))
+            path = manifest_path(wish.target)
+            if not is_current(path, wish.stored, plan.recipe.digest):
+                found, described = self._prepared.found, self._prepared.described
+                write_manifest(path, manifest_of(plan, wish.step, wish.stored, described, found, self.check(), self._options.rehearse))
+        return published
+
+    def report(self, published: int, seconds: float) -> Report:
+        """Put together what happened, or would."""
+        emitted = [wish.stored.size for wish in self._wishes(State.EMITTED) if wish.stored]
+        return Report(
+            recipe=self._prepared.plan.recipe.path,
+            wishes=self._prepared.wishes,
+            bytes_read=sum(walk.bytes_read for walk in self._passes) + sum(emitted),
+            bytes_written=sum(walk.bytes_written for walk in self._passes) + sum(emitted),
+            published=published,
+            seconds=seconds,
+            warnings=tuple(self._checked.notes) if self._checked else (),
+        )
+
+
+def _device(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev

@@ -1,0 +1,242 @@
+"""Owns type inference for checkpoints: from a plan and its sources' headers to every tensor of every step, or every mismatch at once.
+
+Has never heard of tensor data; a wrong architecture in the fifth source is reported before the first gigabyte is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from sdmerge_build.architectures import GENERIC, recognise
+from sdmerge_build.blend import Blend, blend_of
+from sdmerge_build.dtypes import FLOATS, KEEP, MERGEABLE, promote
+from sdmerge_build.errors import Issue, named_briefly
+from sdmerge_build.plan import Plan, Step
+from sdmerge_build.ratio import Ratio
+from sdmerge_build.tensorfile import Header, Spec
+
+__all__ = ["Checked", "Operation", "check"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """How one tensor of a step is made."""
+
+    dtype: str  # of the result
+    copied: int | None  # the input whose tensor this is, exactly; None when it is computed
+    reads: tuple[int, ...]  # the inputs that matter
+    params: Mapping[str, Any]  # numbers for this tensor
+    blend: Blend | None  # each input's share, where the method is linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """Every tensor of every source and step, how steps make them, and what does not fit."""
+
+    tensors: dict[str, Mapping[str, Spec]] = field(default_factory=dict)
+    operations: dict[str, dict[str, Operation]] = field(default_factory=dict)
+    issues: dict[str, list[Issue]] = field(default_factory=dict)  # by the source or step they concern
+    notes: list[str] = field(default_factory=list)
+
+
+def check(plan: Plan, headers: Mapping[str, Header]) -> Checked:
+    """Infer what every step yields. Issues are collected, not raised, so that a build may go on with what is sound."""
+    checked = Checked()
+    for name in plan.sources:
+        if name not in headers:
+            continue
+        checked.tensors[name] = headers[name].tensors
+        if issues := list(_architecture_issues(plan, name, headers[name])):
+            checked.issues[name] = issues
+    for step in plan.steps.values():
+        if all(i in checked.tensors and i not in checked.issues for i in step.inputs):
+            _StepChecker(plan, step, checked).run()
+    return checked
+
+
+def _architecture_issues(plan: Plan, name: str, header: Header) -> Iterator[Issue]:
+    wanted = plan.architecture
+    if wanted.name == GENERIC or wanted.fits(header.tensors):
+        return
+    where = plan.recipe.where("source", name)
+    actual = recognise(header.tensors)
+    if actual.name != GENERIC:
+        what = f"source `{name}` is a {actual.title} checkpoint, but the recipe merges {wanted.title}"
+        yield Issue(where=where, what=what, hint=f'write `architecture = "{actual.name}"`, or use another file')
+        return
+    if any(tensor.startswith(("lora_", "lycoris_")) or ".lora_" in tensor for tensor in header.tensors):
+        yield Issue(where=where, what=f"source `{name}` is a LoRA, not a {wanted.title} checkpoint")
+        return
+    lacking = [tensor for tensor in wanted.present if tensor not in header.tensors]
+    what = f"source `{name}` is not a {wanted.title} checkpoint: it lacks {named_briefly(lacking)}"
+    yield Issue(where=where, what=what, hint='any safetensors file can be merged with `architecture = "generic"`')
+
+
+class _StepChecker:
+    """Infers one step, tensor by tensor, and groups its complaints by kind."""
+
+    def __init__(self, plan: Plan, step: Step, checked: Checked) -> None:
+        self._plan = plan
+        self._step = step
+        self._checked = checked
+        self._inputs = [checked.tensors[i] for i in step.inputs]
+        self._complaints: dict[tuple[str, str], list[str]] = {}  # (what is said, hint) → tensors
+        self._kept: dict[str, list[str]] = {}
+        self._blends: dict[tuple[Any, ...], tuple[Blend | None, tuple[int, ...]]] = {}
+
+    def run(self) -> None:
+        """Infer the step's tensors and operations, or its issues."""
+        tensors: dict[str, Spec] = {}
+        operations: dict[str, Operation] = {}
+        for name in sorted(set().union(*self._inputs)):
+            operation = self._operation(name) if self._is_selected(name) else None
+            if operation:
+                shape = self._inputs[operation.reads[0]][name].shape
+                tensors[name] = Spec(name, operation.dtype, shape)
+                operations[name] = operation
+        self._find_idle_patterns()
+        if not tensors and not self._complaints:
+            self._complain("would have no tensor at all")
+        where = self._plan.recipe.where("step", self._step.name)
+        issues = [
+            Issue(where=where, what=f"step `{self._step.name}` {what}{f': {named_briefly(names)}' if names[0] else ''}", hint=hint)
+            for (what, hint), names in self._complaints.items()
+        ]
+        if issues:
+            self._checked.issues[self._step.name] = issues
+            return
+        self._checked.tensors[self._step.name] = tensors
+        self._checked.operations[self._step.name] = operations
+        for what, names in self._kept.items():
+            self._checked.notes.append(f"step `{self._step.name}` {what}: {named_briefly(names)}")
+
+    def _complain(self, what: str, tensor: str = "", hint: str = "") -> None:
+        self._complaints.setdefault((what, hint), []).append(tensor)
+
+    def _is_selected(self, name: str) -> bool:
+        selects = self._step.method.selects
+        return selects is None or selects(name, self._plan.architecture.component_of(name), **self._step.params)
+
+    def _operation(self, name: str) -> Operation | None:
+        """Decide how a tensor is made; None when it is left out or complained of."""
+        holders = [n for n, tensors in enumerate(self._inputs) if name in tensors]
+        specs = [self._inputs[n][name] for n in holders]
+        if self._plan.architecture.is_constant(name):
+            return _copy_of(holders[0], specs[0].dtype)
+        if len(holders) < len(self._inputs):
+            return self._incomplete(name, holders, specs)
+        if len({spec.shape for spec in specs}) > 1:
+            if self._step.mismatch == "keep":
+                self._kept.setdefault(f"keeps the shape of `{self._step.inputs[0]}`", []).append(name)
+                return self._copy(name, 0, specs[0])
+            return self._complain(*self._shape_complaint(name, specs))
+        kinds = {spec.dtype in FLOATS for spec in specs}
+        if kinds == {False}:
+            return _copy_of(0, specs[0].dtype)
+        if len(kinds) > 1:
+            types = " and ".join(dict.fromkeys(spec.dtype for spec in specs))
+            return self._complain(f"would mix whole numbers with fractions ({types})", name)
+        return self._merge(name, specs)
+
+    def _incomplete(self, name: str, holders: Sequence[int], specs: Sequence[Spec]) -> Operation | None:
+        """Decide what to do with a tensor that only some models have."""
+        step, first = self._step, holders[0]
+        lacking = ", ".join(f"`{step.inputs[n]}`" for n in range(len(self._inputs)) if n not in holders)
+        if self._plan.architecture.may_lack(name):
+            self._kept.setdefault(f"takes from `{step.inputs[first]}` what {lacking} need not have", []).append(name)
+            return self._copy(name, first, specs[0])
+        field, policy = ("missing", step.missing) if first == 0 else ("extra", step.extra)
+        if policy == "keep":
+            self._kept.setdefault(f"keeps from `{step.inputs[first]}` what {lacking} lacks", []).append(name)
+            return self._copy(name, first, specs[0])
+        if policy == "drop":
+            self._kept.setdefault(f"drops what {lacking} lacks", []).append(name)
+            return None
+        choices = '"keep"' if field == "missing" else '"keep" or "drop"'
+        return self._complain(f"needs tensors that {lacking} lacks", name, f"write `{field} = {choices}` if that is meant")
+
+    def _shape_complaint(self, name: str, specs: Sequence[Spec]) -> tuple[str, str, str]:
+        families = [recognise(tensors) for tensors in self._inputs]
+        if len({family.name for family in families}) > 1:
+            shown = ", ".join(f"`{i}` is {f.title}" for i, f in zip(self._step.inputs, families, strict=True))
+            return f"mixes architectures ({shown}), so shapes differ", name, ""
+        shapes = " and ".join("×".join(map(str, spec.shape)) or "scalar" for spec in specs)
+        is_input = name.endswith("input_blocks.0.0.weight")
+        hint = "nine input channels belong to an inpainting model" if is_input and any(s.shape[1:2] == (9,) for s in specs) else ""
+        return f"has models of different shapes ({shapes})", name, hint
+
+    def _merge(self, name: str, specs: Sequence[Spec]) -> Operation | None:
+        step = self._step
+        if unreadable := [spec.dtype for spec in specs if spec.dtype not in MERGEABLE]:
+            return self._complain(f"cannot compute with {unreadable[0]}", name)
+        params = {key: _for_tensor(value, name, self._plan) for key, value in step.params.items()}
+        key = tuple(params.values())
+        if key not in self._blends:
+            self._blends[key] = _shares(step, len(specs), params)
+        blend, reads = self._blends[key]
+        if not reads:
+            return self._complain("takes nothing from any model: every share is 0", name)
+        if blend and len(reads) == 1 and blend[reads[0]] == 1:
+            return self._copy(name, reads[0], specs[reads[0]])
+        dtype = step.dtype
+        if dtype == KEEP:
+            dtype = specs[0].dtype
+            for spec in specs[1:]:
+                dtype = promote(dtype, spec.dtype)
+            if dtype not in {"F16", "BF16", "F32", "F64"}:
+                return self._complain(f"cannot round to {dtype}", name, "say a `dtype`")
+        return Operation(dtype=dtype, copied=None, reads=reads, params=params, blend=blend)
+
+    def _copy(self, name: str, source: int, spec: Spec) -> Operation | None:
+        """Take one input's tensor; fractions still become the step's dtype."""
+        if spec.dtype not in FLOATS or self._step.dtype in {KEEP, spec.dtype}:
+            return _copy_of(source, spec.dtype)
+        if spec.dtype not in MERGEABLE:
+            return self._complain(f"cannot convert {spec.dtype}", name)
+        return _copy_of(source, self._step.dtype)
+
+    def _find_idle_patterns(self) -> None:
+        """Complain of globs that match nothing: a misspelt one would otherwise be obeyed in silence."""
+        names = set().union(*self._inputs)
+        components = {self._plan.architecture.component_of(name) for name in names}
+        for key, value in self._step.params.items():
+            for pattern in _patterns(value):
+                if pattern not in components and not any(fnmatchcase(name, pattern) for name in names):
+                    self._complain(f"has `{pattern}` in `{key}`, which matches no tensor")
+
+
+def _patterns(value: Any) -> Iterator[str]:
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, Ratio):
+            yield from (glob for glob, _ in item.rules)
+        elif isinstance(item, str) and isinstance(value, tuple):
+            yield item
+
+
+def _shares(step: Step, count: int, params: Mapping[str, Any]) -> tuple[Blend | None, tuple[int, ...]]:
+    """Find each model's share, and which models need be read: those the method can do without, and takes nothing of, need not."""
+    everyone = tuple(range(count))
+    blend = blend_of(step.method, everyone, count, params)
+    if blend is None:
+        return None, everyone
+    some = tuple(n for n in everyone if blend[n] != 0)
+    is_copy = len(some) == 1 and blend[some[0]] == 1
+    if not some or is_copy or blend_of(step.method, some, count, params):
+        return blend, some
+    return blend, everyone
+
+
+def _copy_of(source: int, dtype: str) -> Operation:
+    return Operation(dtype=dtype, copied=source, reads=(source,), params={}, blend=Blend({source: 1.0}))
+
+
+def _for_tensor(value: Any, tensor: str, plan: Plan) -> Any:
+    """Resolve a parameter for one tensor: ratios become numbers."""
+    if isinstance(value, Ratio):
+        return value.of(tensor, plan.architecture)
+    if isinstance(value, tuple):
+        return tuple(_for_tensor(item, tensor, plan) for item in value)
+    return value

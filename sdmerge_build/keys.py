@@ -1,0 +1,125 @@
+"""Owns identity: one function describes a step, one reader of it hashes, the other explains.
+
+Has never heard of files or headers. What is in the bytes is in the key; what is not, is not: names of steps, comments, paths,
+addresses and thread counts never get here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdmerge_build.digest import Digest, Sink, Transcript
+from sdmerge_build.plan import Plan, Step
+from sdmerge_build.ratio import Ratio
+
+__all__ = ["Description", "Facts", "artifact_key", "describe", "describe_all", "differences"]
+
+ENGINE = 1
+"""Raised when `merge` would make other tensors from the same description."""
+
+WRITER = 1
+"""Raised when `tensorfile` would write the same tensors and metadata as other bytes."""
+
+Facts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What decides a source's or step's tensors: its facts, and the key that hashes them."""
+
+    name: str
+    key: str
+    facts: Facts
+    inputs: Mapping[str, str]  # role → name
+
+
+def describe(step: Step, plan: Plan, keys: Mapping[str, str], sink: Sink) -> None:
+    """Tell `sink` every fact that can change this step's tensors, and nothing else."""
+    sink.fact("engine", str(ENGINE))
+    sink.fact("architecture", plan.architecture.fingerprint)
+    sink.fact("method", step.method.identity)
+    sink.fact("dtype", step.dtype)
+    sink.fact("compute", step.compute)
+    for policy in ("missing", "extra", "mismatch", "nonfinite"):
+        sink.fact(policy, getattr(step, policy))
+    for name, value in sorted(step.params.items()):
+        for suffix, text in _param_facts(value):
+            sink.fact(f"param.{name}{suffix}", text)
+    for role, name in zip(step.roles, step.inputs, strict=True):
+        sink.fact(f"input.{role}", keys[name])
+
+
+def describe_all(plan: Plan, source_digests: Mapping[str, str]) -> dict[str, Description]:
+    """Describe every source and step whose sources are known, parents first."""
+    described: dict[str, Description] = {}
+    for name in plan.sources:
+        if digest := source_digests.get(name):
+            described[name] = Description(name=name, key=digest, facts=[("tensors", digest)], inputs={})
+    for step in plan.steps.values():
+        if all(i in described for i in step.inputs):
+            keys = {i: described[i].key for i in step.inputs}
+            digest_sink, transcript = Digest(), Transcript()
+            for sink in (digest_sink, transcript):
+                describe(step, plan, keys, sink)
+            inputs = dict(zip(step.roles, step.inputs, strict=True))
+            described[step.name] = Description(name=step.name, key=digest_sink.hexdigest(), facts=transcript.facts, inputs=inputs)
+    return described
+
+
+def artifact_key(tensor_key: str, metadata: Mapping[str, str]) -> str:
+    """Return the key of a file: its tensors behind a header with this metadata."""
+    digest = Digest()
+    digest.fact("writer", str(WRITER))
+    digest.fact("tensors", tensor_key)
+    for name, value in sorted(metadata.items()):
+        digest.fact(f"metadata.{name}", value)
+    return digest.hexdigest()
+
+
+def differences(old: Mapping[str, Description], new: Mapping[str, Description], name: str, old_name: str) -> Iterator[str]:
+    """Say which facts of a step changed, down to the parents that changed, each once: `param.alpha = 0.75 → 0.7`."""
+    done: set[tuple[str, str]] = set()
+    stack = [(old_name, name)]
+    while stack:
+        before, after = stack.pop()
+        was, now = old.get(before), new[after]
+        if was is None or was.key == now.key or (before, after) in done:
+            continue
+        done.add((before, after))
+        yield from (f"{after}: {text}" if after != name else text for text in _changed_facts(was, now))
+        stack += [(was.inputs[role], parent) for role, parent in reversed(now.inputs.items()) if role in was.inputs]
+
+
+def _changed_facts(was: Description, now: Description) -> Iterator[str]:
+    before, after = dict(was.facts), dict(now.facts)
+    for fact in dict.fromkeys((*before, *after)):
+        old, new = _shown(fact, before.get(fact), was), _shown(fact, after.get(fact), now)
+        if before.get(fact) == after.get(fact) or (old == new and fact.startswith("input.")):
+            continue  # an input of the same name with another key is explained by its own facts
+        yield f"{fact} = {old} → {new}"
+
+
+def _shown(fact: str, value: str | None, description: Description) -> str:
+    """Write a fact's value for people: names for keys, and for the places in a formula."""
+    if value is None:
+        return "(none)"
+    if fact.startswith("input."):
+        return description.inputs.get(fact.removeprefix("input."), value)
+    if fact == "param.formula":
+        for role, name in description.inputs.items():
+            value = value.replace(f"[{role}]", name)
+        return value
+    return value[:12] if fact == "tensors" else value
+
+
+def _param_facts(value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Ratio):
+        yield from value.facts()
+    elif isinstance(value, tuple) and any(isinstance(item, Ratio) for item in value):
+        for n, item in enumerate(value, 1):
+            for suffix, text in item.facts():
+                yield f".{n}{suffix}", text
+    else:
+        yield "", value if isinstance(value, str) else repr(value)

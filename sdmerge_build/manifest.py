@@ -1,0 +1,140 @@
+"""Owns the manifest: the published lineage of one artifact, as TOML beside it, and what an earlier manifest says was described.
+
+Has never heard of torch or the clock. A manifest needs no run: it is computed from the plan and the artifact's trace.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdmerge_build.check import Checked
+from sdmerge_build.files import replacing
+from sdmerge_build.keys import Description
+from sdmerge_build.lineage import claimed_ancestors, readable_formula, shares_of
+from sdmerge_build.plan import Plan, Step
+from sdmerge_build.sources import Found
+from sdmerge_build.store import Stored
+
+__all__ = ["described_in", "is_current", "manifest_of", "manifest_path", "write_manifest"]
+
+VERSION = 1
+_DECLARED = ("uri", "homepage", "filename", "license", "credit", "permissions")
+
+
+def manifest_path(artifact: Path) -> Path:
+    """Name the manifest of an artifact: `NAME.manifest.toml` beside `NAME.safetensors`."""
+    return artifact.with_name(f"{artifact.stem}.manifest.toml" if artifact.suffix else f"{artifact.name}.manifest.toml")
+
+
+def manifest_of(
+    plan: Plan, step: Step, stored: Stored, described: Mapping[str, Description], found: Mapping[str, Found], checked: Checked, rehearsal: str
+) -> dict[str, Any]:
+    """Compose a manifest, sources and steps in an order in which each comes after what it stands on."""
+    names = plan.ancestors(step.name)
+    shares = shares_of(plan, step, checked)
+    sources = []
+    claimed: list[dict[str, Any]] = []
+    for name in (n for n in names if n in plan.sources):
+        share = {"share": shares[name].mean} if shares else {}
+        if shares and shares[name].least != shares[name].most:
+            share |= {"share_least": shares[name].least, "share_most": shares[name].most}
+        sources.append({"name": name} | share | _source(plan, name, found[name]))
+        claimed += [{"by": name, "sha256": sha256, "name": entry["name"]} for sha256, entry in claimed_ancestors(found[name].header.metadata).items()]
+    manifest: dict[str, Any] = {
+        "manifest": VERSION,
+        "artifact": _artifact(plan, step, stored, checked) | ({"rehearsal": rehearsal} if rehearsal else {}),
+        "reproduce": _reproduce(plan, step, stored, rehearsal),
+        "source": sources,
+        "step": [_step(plan.steps[n], described[n]) for n in names if n in plan.steps],
+    }
+    return manifest | ({"claimed": claimed} if claimed else {})
+
+
+def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest by one rename."""
+    import tomli_w  # noqa: PLC0415  a build with nothing to do needs no writer
+
+    with replacing(path) as file:
+        file.write(b"# Written by sdbuild: how this artifact was made, and of what.\n")
+        tomli_w.dump(dict(manifest), file)
+
+
+def is_current(path: Path, stored: Stored, recipe_digest: str) -> bool:
+    """Tell whether a manifest is there and speaks of this artifact and this text of the recipe."""
+    table = _read(path)
+    artifact, reproduce = table.get("artifact", {}), table.get("reproduce", {})
+    return artifact.get("key") == stored.trace["artifact_key"] and reproduce.get("recipe_digest") == recipe_digest
+
+
+def described_in(path: Path) -> dict[str, Description]:
+    """Read what a manifest says was described when its artifact was made; empty when there is none."""
+    described: dict[str, Description] = {}
+    table = _read(path)
+    try:
+        for entry in table.get("source", []):
+            facts = [("tensors", entry["tensor_digest"])]
+            described[entry["name"]] = Description(name=entry["name"], key=entry["tensor_digest"], facts=facts, inputs={})
+        for entry in table.get("step", []):
+            facts = list(entry["facts"].items())
+            described[entry["name"]] = Description(name=entry["name"], key=entry["key"], facts=facts, inputs=entry["inputs"])
+    except (KeyError, TypeError, AttributeError):
+        return {}
+    return described
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _artifact(plan: Plan, step: Step, stored: Stored, checked: Checked) -> dict[str, Any]:
+    specs = checked.tensors[step.name].values()
+    return {
+        "name": step.name,
+        "title": step.title,
+        "size": stored.size,
+        "sha256": stored.sha256,
+        "model_hash": stored.sha256[:10],
+        "tensor_digest": stored.tensor_digest,
+        "key": stored.trace["artifact_key"],
+        "architecture": plan.architecture.name,
+        "tensors": len(specs),
+        "parameters": sum(spec.numel for spec in specs),
+        "dtypes": dict(sorted(Counter(spec.dtype for spec in specs).items())),
+        **step.about,
+    }
+
+
+def _reproduce(plan: Plan, step: Step, stored: Stored, rehearsal: str) -> dict[str, Any]:
+    flag = f" --rehearse={rehearsal}" if rehearsal else ""
+    return {
+        "command": f"sdbuild {plan.recipe.path.name} --only {step.name}{flag}",
+        "recipe": plan.recipe.path.name,
+        "recipe_digest": plan.recipe.digest,
+        "versions": stored.trace["versions"],
+    }
+
+
+def _source(plan: Plan, name: str, found: Found) -> dict[str, Any]:
+    said = plan.sources[name]
+    digests = {"sha256": said.sha256 and found.digests.sha256, "blake3": said.blake3 and found.digests.blake3}
+    facts = {"size": found.header.file_size, "tensor_digest": found.digests.tensors} | digests | {key: getattr(said, key) for key in _DECLARED}
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _step(step: Step, description: Description) -> dict[str, Any]:
+    formula = {"formula": readable_formula(step)} if step.method.name == "formula" else {}
+    return {
+        "name": step.name,
+        "method": step.method.name,
+        **formula,
+        "key": description.key,
+        "inputs": dict(description.inputs),
+        "facts": dict(description.facts),
+    }

@@ -1,0 +1,220 @@
+"""Owns arithmetic: walks a pass, evaluates its programs on slices of tensors, and hands the bytes to the writer.
+
+Has never heard of recipes, keys or the store. The one module, beside `methods`, that knows torch.
+Operations are separate and correctly rounded, each on a slice of one tensor, so that results do not depend on threads or chunks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from sdmerge_build.dtypes import ITEMSIZE
+from sdmerge_build.errors import IntegrityError, Issue, SdbuildError
+from sdmerge_build.passes import SLICE, Apply, Batch, Load, Pass, Program, Round, Slice
+from sdmerge_build.writer import Buffers, Written, Writer
+
+__all__ = ["rounded", "run"]
+
+TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Dtypes that are computed with; all others are moved as bytes."""
+
+_EIGHT_BITS = {torch.float8_e4m3fn, torch.float8_e5m2}
+_LARGEST = {"F16": 65504.0, "BF16": 3.3895e38, "F32": 3.4028e38, "F64": 1.7977e308}
+_POLL_SECONDS = 0.1
+
+
+def run(walk: Pass, targets: Sequence[Path], jobs: int, advanced: Callable[[int], None], *, keep_going: bool) -> list[Written | SdbuildError]:
+    """Walk a pass with `jobs` threads, writing its outputs to `targets`, which must not exist; return what was written, or why not.
+
+    Raises the first error unless `keep_going`, and then only those that concern every output. The files are complete and on disk when it returns.
+    """
+    torch.set_num_threads(1)  # our threads share the work; torch's own would only get in their way
+    sizes = [max((batch.regions[n][1] for batch in walk.batches), default=0) for n in range(len(walk.outputs))]
+    files = [(target, output.layout) for target, output in zip(targets, walk.outputs, strict=True)]
+    with Writer(files, sizes, spare=jobs + 2) as writer:
+        walker = _Walker(walk, writer, advanced, keep_going=keep_going)
+        threads = [threading.Thread(target=walker.work, daemon=True) for _ in range(jobs)]
+        for thread in threads:
+            thread.start()
+        try:
+            while any(thread.is_alive() for thread in threads):
+                for thread in threads:
+                    thread.join(_POLL_SECONDS)  # in short waits, so that Ctrl-C is heard
+        except BaseException:
+            writer.stop()
+            for thread in threads:
+                thread.join()
+            raise
+        if writer.failure:
+            raise writer.failure
+        written = writer.finish()
+    return [walker.failures.get(n, result) for n, result in enumerate(written)]
+
+
+def rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round to another dtype, once, to nearest even.
+
+    torch goes from float64 to 16 bits by way of float32, which rounds twice; here that middle step rounds to odd, which is harmless
+    (Boldo and Melquiond, "When double rounding is odd", 2004).
+    """
+    if value.dtype is torch.float64 and dtype in {torch.float16, torch.bfloat16}:
+        near = value.to(torch.float32)
+        bits = near.view(torch.int32)
+        inexact = near.to(torch.float64) != value
+        outwards = near.to(torch.float64).abs() > value.abs()
+        bits = torch.where(inexact, torch.where(outwards, bits - 1, bits) | 1, bits)
+        value = bits.view(torch.float32)
+    return value.to(dtype)
+
+
+class _Walker:
+    """The work that every thread does until no batch is left."""
+
+    def __init__(self, walk: Pass, writer: Writer, advanced: Callable[[int], None], *, keep_going: bool) -> None:
+        self._walk = walk
+        self._writer = writer
+        self._advanced = advanced
+        self._keep_going = keep_going
+        self._queue = iter(enumerate(walk.batches))
+        self._lock = threading.Lock()
+        self._dtypes = [{spec.name: spec.dtype for spec in output.layout.specs} for output in walk.outputs]
+        self.failures: dict[int, SdbuildError] = {}
+
+    def work(self) -> None:
+        """Evaluate batches; what goes wrong stops every thread."""
+        try:
+            with contextlib.ExitStack() as stack, torch.inference_mode():
+                files = [stack.enter_context(leaf.path.open("rb", buffering=0)) for leaf in self._walk.leaves]
+                outputs = self._writer.handles(stack)
+                memory: list[bytearray] = []
+                while taken := self._take():
+                    batch, buffers = taken
+                    for piece in batch.slices:
+                        self._evaluate(piece, files, memory, buffers)
+                    self._writer.write(outputs, buffers)
+                    self._writer.done(buffers)
+                    self._advanced(sum(length for _, length in batch.regions))
+        except BaseException as error:  # noqa: BLE001  raised by `run`
+            self._writer.stop(error)
+
+    def _take(self) -> tuple[Batch, Buffers] | None:
+        """Take the next batch and memory for it, under one lock: taken out of order, later batches could hold all memory and wait for ever."""
+        with self._lock:
+            index, batch = next(self._queue, (0, None))
+            buffers = self._writer.buffers() if batch else None
+            if batch is None or buffers is None:
+                return None
+            buffers.index, buffers.regions = index, batch.regions
+            return batch, buffers
+
+    def _evaluate(self, piece: Slice, files: Sequence[BinaryIO], memory: list[bytearray], buffers: Buffers) -> None:
+        """Evaluate a program on one slice, and put what it emits into the batch's buffers."""
+        program = self._walk.programs[piece.program]
+        targets = [self._target(program, emit.output, emit.start, piece, buffers) for emit in program.emits]
+        first_use = {emit.value: target for emit, target in zip(reversed(program.emits), reversed(targets), strict=True)}
+        values: list[torch.Tensor] = []
+        wide: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        for n, value in enumerate(program.values):
+            match value:
+                case Load(leaf, start, dtype):
+                    if len(memory) <= n:
+                        memory += [bytearray(SLICE * 8) for _ in range(n + 1 - len(memory))]
+                    values.append(_read(files[leaf], start, dtype, piece, memory[n]))
+                case Round(arg, dtype):
+                    values.append(rounded(values[arg], TORCH[dtype]) if dtype in TORCH else values[arg])
+                case Apply(function, args, params, compute, dtype):
+                    models = [None if a is None else _widened(a, values, compute, wide) for a in args]
+                    result = function(*models, **params)
+                    target = first_use.get(n)
+                    values.append(rounded(result, TORCH[dtype]) if target is None else _put(result, target))
+        for emit, target in zip(program.emits, targets, strict=True):
+            if target is not values[emit.value]:
+                target.copy_(values[emit.value])
+            if self._walk.outputs[emit.output].nonfinite == "error" and not _is_finite(target):
+                self._refuse(emit.output, program, values)
+
+    def _target(self, program: Program, output: int, start: int, piece: Slice, buffers: Buffers) -> torch.Tensor:
+        """Return the memory that a slice of an output goes to, as a tensor."""
+        dtype = self._dtypes[output][program.tensor]
+        begin = start + piece.start * ITEMSIZE[dtype] - buffers.regions[output][0]
+        return _tensor(buffers.views[output][begin : begin + piece.count * ITEMSIZE[dtype]], dtype)
+
+    def _refuse(self, output: int, program: Program, values: Sequence[torch.Tensor]) -> None:
+        """Say which tensor is not finite, and whose fault that is; alone concerned, the output is given up and the rest goes on."""
+        name = self._walk.outputs[output].name
+        culprits = [
+            self._walk.leaves[value.leaf].name
+            for value, tensor in zip(program.values, values, strict=True)
+            if isinstance(value, Load) and not _is_finite(tensor)
+        ]
+        dtype = self._dtypes[output][program.tensor]
+        if culprits:
+            what = f"artifact `{name}`: tensor `{program.tensor}` of `{culprits[0]}` holds values that are infinite or not numbers"
+            hint = 'the file is damaged, or was merged beyond what its dtype holds; `nonfinite = "allow"` passes such values on'
+        else:
+            what = f"artifact `{name}`: tensor `{program.tensor}` becomes larger than {dtype} holds ({_LARGEST.get(dtype, 0):g})"
+            hint = 'use a wider `dtype`, or smaller ratios; `nonfinite = "allow"` writes infinities'
+        error = SdbuildError(Issue(what=what, hint=hint))
+        with self._lock:
+            self.failures.setdefault(output, error)
+        if not self._keep_going or len(self.failures) == len(self._walk.outputs):
+            raise error
+
+
+def _tensor(data: memoryview | bytearray, dtype: str) -> torch.Tensor:
+    """See bytes as a flat tensor; dtypes that are only moved are seen as bytes."""
+    return torch.frombuffer(data, dtype=TORCH.get(dtype, torch.uint8))
+
+
+def _read(file: BinaryIO, start: int, dtype: str, piece: Slice, memory: bytearray) -> torch.Tensor:
+    """Read a slice of a stored tensor into reused memory."""
+    width = ITEMSIZE[dtype]
+    view = memoryview(memory)[: piece.count * width]
+    file.seek(start + piece.start * width)
+    have = 0
+    while have < len(view):
+        count = file.readinto(view[have:])  # type: ignore[attr-defined]  # raw files have it
+        if not count:
+            raise IntegrityError(Issue(where=str(file.name), what="the file became shorter while it was being read"))
+        have += count
+    return _tensor(view, dtype)
+
+
+def _widened(arg: int, values: Sequence[torch.Tensor], compute: str, wide: dict[tuple[int, torch.dtype], torch.Tensor]) -> torch.Tensor:
+    """Give a value the dtype that arithmetic is done in; converted once for all who use it."""
+    value = values[arg]
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(compute, value.dtype)
+    if dtype in _EIGHT_BITS:
+        dtype = torch.float32  # no arithmetic is defined on eight bits
+    if dtype is value.dtype:
+        return value
+    if (arg, dtype) not in wide:
+        wide[arg, dtype] = value.to(dtype)
+    return wide[arg, dtype]
+
+
+def _put(result: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Round a result into its target, once."""
+    return target.copy_(rounded(result, target.dtype) if result.dtype is torch.float64 else result)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor holds numbers only; the extremes of a tensor with a NaN are NaN."""
+    if not tensor.is_floating_point():
+        return True
+    low, high = torch.aminmax(tensor.to(torch.float32) if tensor.dtype in _EIGHT_BITS else tensor)
+    return math.isfinite(low.item()) and math.isfinite(high.item())

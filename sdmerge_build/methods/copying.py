@@ -1,0 +1,31 @@
+"""Owns the methods that move a model without mixing it.
+
+Has never heard of files; what `copy` leaves out never reaches a layout.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from sdmerge_build.methods import Selection, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["copy"]
+
+
+def _is_copied(tensor: str, component: str, *, pick: Selection, drop: Selection) -> bool:
+    """Tell whether `copy` keeps a tensor: picked, and not dropped."""
+
+    def named(selection: Selection) -> bool:
+        return any(component == pattern or fnmatchcase(tensor, pattern) for pattern in selection)
+
+    return named(pick) and not named(drop)
+
+
+@method(version=1, selects=_is_copied)
+def copy(a: Tensor, /, *, pick: Selection = ("*",), drop: Selection = ()) -> Tensor:
+    """Copy a model: convert its dtype, pick or drop components or tensors."""
+    return a

@@ -1,0 +1,138 @@
+"""Owns ratios: a number or a table over blocks and tensor names, resolved to one number per tensor.
+
+Has never heard of methods or files. Entries apply in order and the last match wins: base, then `mbw`, then `blocks`, then `rules`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from sdmerge_build.architectures import BASE, Architecture
+from sdmerge_build.errors import nearest
+
+__all__ = ["Ratio", "RatioError", "read_ratio"]
+
+_FIELDS = ("base", "mbw", "blocks", "rules")
+_GLOB = frozenset("*?[")
+
+
+class RatioError(ValueError):
+    """A ratio cannot be read; `hint` says what to type instead."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """A resolved ratio: the value of every tensor, without having seen one."""
+
+    base: float
+    blocks: Mapping[str, float]  # blocks unlike `base`, then parts unlike their block, in the architecture's order
+    rules: tuple[tuple[str, float], ...] = ()
+
+    def of(self, tensor: str, architecture: Architecture) -> float:
+        """Return the value for one tensor."""
+        for glob, value in reversed(self.rules):
+            if fnmatchcase(tensor, glob):
+                return value
+        if not self.blocks:
+            return self.base
+        block, part = architecture.block_of(tensor)
+        return self.blocks.get(part or block, self.blocks.get(block, self.base))
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Yield what decides the values, as `(suffix, value)`; equal ratios yield equal facts, however they were written."""
+        yield "", repr(self.base)
+        for block, value in self.blocks.items():
+            yield f".{block}", repr(value)
+        for n, (glob, value) in enumerate(self.rules, 1):
+            yield f".rule{n}", f"{glob} = {value!r}"
+
+
+def read_ratio(value: Any, architecture: Architecture) -> Ratio:
+    """Read a ratio as a recipe writes it. Raises `RatioError`."""
+    if not isinstance(value, Mapping):
+        return Ratio(base=_number(value, "a ratio"), blocks={})
+    if unknown := [key for key in value if key not in _FIELDS]:
+        message = f"has an unknown field `{unknown[0]}`"
+        raise RatioError(message, nearest(unknown[0], _FIELDS) or "a ratio table has `base`, `mbw`, `blocks` and `rules`")
+    if "base" not in value and "mbw" not in value:
+        raise RatioError("lacks `base`, the value of everything that no block or rule names", "write `base = 0.5`")
+    base = _number(value["base"], "`base`") if "base" in value else None
+    blocks = _read_mbw(value["mbw"], base, architecture) if "mbw" in value else dict.fromkeys(architecture.blocks, base)
+    entries = list(_read_blocks(value.get("blocks", {}), architecture))
+    for names, number in entries:
+        blocks |= dict.fromkeys((b for b in blocks if b in names), number)
+    parts = {part: blocks[block] for part, (block, _) in architecture.parts.items()}
+    for names, number in entries:  # a part follows its block, unless an entry names the part and not the block
+        parts |= dict.fromkeys((p for p in parts if p in names and architecture.parts[p][0] not in names), number)
+    rest = blocks.get(BASE, base)
+    unlike = {b: v for b, v in blocks.items() if v != rest} | {p: v for p, v in parts.items() if v != blocks[architecture.parts[p][0]]}
+    return Ratio(base=rest, blocks=unlike, rules=tuple(_read_rules(value.get("rules", []))))
+
+
+def _number(value: Any, what: str) -> float:
+    if type(value) not in {int, float} or not math.isfinite(value):
+        message = f"has {value!r} as {what}, which is not a finite number"
+        raise RatioError(message)
+    return float(value)
+
+
+def _read_mbw(text: Any, base: float | None, architecture: Architecture) -> dict[str, Any]:
+    """Read block weights as people paste them: a value per block, BASE first, or without BASE when `base` says it."""
+    names = list(architecture.blocks)
+    if not names:
+        message = f"has `mbw`, but {architecture.title} has no blocks"
+        raise RatioError(message, "use `rules` with globs over tensor names")
+    try:
+        values = [float(item) for item in str(text).split(",")]
+    except ValueError as error:
+        message = f"has an `mbw` that is not numbers between commas: {error}"
+        raise RatioError(message) from error
+    if base is not None and len(values) == len(names):
+        message = f"has both `base` and an `mbw` of {len(values)} values, the first of which is BASE"
+        raise RatioError(message, "leave one of them out")
+    wanted = len(names) if base is None else len(names) - 1
+    if len(values) != wanted:
+        message = f"has an `mbw` of {len(values)} values; {architecture.title} takes {wanted} {'with' if base is None else 'without'} BASE"
+        raise RatioError(message, f"the order is {', '.join(names[len(names) - wanted :][:3])}, …, {names[-1]}")
+    values = [_number(v, "an `mbw` value") for v in values]
+    return dict(zip(names, values if base is None else [base, *values], strict=True))
+
+
+def _read_blocks(table: Any, architecture: Architecture) -> Iterator[tuple[set[str], float]]:
+    """Read `blocks`: for each entry, the blocks and parts it names, and its value."""
+    if not isinstance(table, Mapping):
+        raise RatioError("has `blocks` that are not a table", 'write `blocks = { IN04 = 0.2, "OUT*" = 0.1 }`')
+    known = [*architecture.blocks, *architecture.parts]
+    for pattern, value in table.items():
+        yield _named(pattern, known, architecture), _number(value, f"the value of block `{pattern}`")
+
+
+def _named(pattern: str, known: list[str], architecture: Architecture) -> set[str]:
+    """Find what a pattern names: a block or part, a range of blocks such as `IN05-IN08`, or a glob."""
+    blocks = list(architecture.blocks)
+    first, dash, last = pattern.partition("-")
+    if dash and first in blocks and last in blocks:
+        low, high = sorted((blocks.index(first), blocks.index(last)))
+        return set(blocks[low : high + 1])
+    names = {name for name in known if name == pattern or (_GLOB & set(pattern) and fnmatchcase(name, pattern))}
+    if not names:
+        message = f"names block `{pattern}`, which {architecture.title} does not have"
+        raise RatioError(message, nearest(pattern, known) or (f"its blocks are {', '.join(known)}" if known else "use `rules`"))
+    return names
+
+
+def _read_rules(rules: Any) -> Iterator[tuple[str, float]]:
+    if not isinstance(rules, list):
+        raise RatioError("has `rules` that are not a list", 'write `rules = [{ match = "*attn2*", value = 0.8 }]`')
+    for rule in rules:
+        if not isinstance(rule, Mapping) or rule.keys() != {"match", "value"} or not isinstance(rule["match"], str):
+            raise RatioError("has a rule that is not `{ match = GLOB, value = NUMBER }`")
+        yield rule["match"], _number(rule["value"], f"the value of rule `{rule['match']}`")

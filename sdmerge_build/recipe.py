@@ -1,0 +1,194 @@
+"""Owns the recipe: what its author said, field by field, with the line each was said on.
+
+Has never heard of methods, graphs or files; whether names mean anything is for `plan` to find out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sdmerge_build.digest import blake3_hex
+from sdmerge_build.errors import Issue, RecipeError, nearest
+from sdmerge_build.matrix import expand_matrix
+from sdmerge_build.tomltext import Lines, read_toml
+
+__all__ = ["Defaults", "Recipe", "RecipeTable", "SourceTable", "StepTable", "read_recipe"]
+
+FORMAT = 1
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|\.+.*|.*\.")  # Windows devices, hidden files, trailing dots
+
+Hex64 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+DtypeName = Literal["fp16", "bf16", "fp32", "fp64", "keep"]
+Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+
+
+class Table(BaseModel):
+    """A table of a recipe: strict types, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class SourceTable(Table):
+    """A checkpoint that comes from outside."""
+
+    path: Text | None = Field(None, description="Where the file lies, relative to the recipe's folder.")
+    uri: Text | None = Field(None, description="Where it comes from: an https address, civitai:MODEL@VERSION, hf:OWNER/REPO/FILE@REVISION.")
+    filename: Text | None = Field(None, description="The name to look for in the folders given by --models.")
+    size: int | None = Field(None, ge=0, description="Its size in bytes.")
+    sha256: Hex64 | None = Field(None, description="The sha256 of the whole file, 64 hex digits.")
+    blake3: Hex64 | None = Field(None, description="The blake3 of the whole file, 64 hex digits.")
+    license: Text | None = Field(None, description="Its licence, as its author declares it.")
+    credit: Text | None = Field(None, description="Whom to credit.")
+    homepage: Text | None = Field(None, description="Its page, for people.")
+    permissions: dict[str, Any] | None = Field(None, description="Further permissions, as its author declares them.")
+
+
+class Defaults(Table):
+    """What every step says unless it says otherwise."""
+
+    dtype: DtypeName | None = Field(None, description="The number format of artifacts: fp16 unless said; `keep` is the widest of the parents.")
+    compute: Literal["fp32", "fp64", "native"] | None = Field(
+        None, description="The precision of the arithmetic: fp32 unless said; `native` is AUTOMATIC1111's, in the parents' own dtype."
+    )
+    missing: Literal["error", "keep"] | None = Field(None, description="A tensor that a later model lacks: `keep` takes the first model's.")
+    extra: Literal["error", "keep", "drop"] | None = Field(None, description="A tensor that only a later model has.")
+    mismatch: Literal["error", "keep"] | None = Field(None, description="A tensor whose shapes differ: `keep` takes the first model's.")
+    nonfinite: Literal["error", "allow"] | None = Field(None, description="A result that is infinite or not a number.")
+    artifact: bool | None = Field(None, description="Keep the result as a file, even if another step uses it.")
+    author: Text | None = Field(None, description="Who made the artifact; written into its header.")
+    description: Text | None = Field(None, description="What it is; written into its header.")
+    license: Text | None = Field(None, description="The licence declared for the artifact; written into its header.")
+
+
+class StepTable(Defaults):
+    """A method applied to sources or steps; the method's models and parameters stand beside these fields."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    formula: Text | None = Field(None, description="A sum over names, such as `0.3 * A + 0.7 * B` or `A + 1.0 * (B - C)`.")
+    method: Text | None = Field(None, description="The name of a method; see `sdbuild methods`.")
+    title: Text | None = Field(None, description="The artifact's title; its name unless said.")
+
+
+class RecipeTable(Table):
+    """A recipe, whole."""
+
+    recipe: Literal[1] = Field(description="The version of the recipe format.")
+    architecture: Text = Field(description="The family of every source, checked against their headers.")
+    defaults: Defaults = Field(default_factory=Defaults)
+    source: dict[str, SourceTable] = Field(description="The checkpoints that come from outside, by name.")
+    step: dict[str, StepTable] = Field(description="What is made of them, by name.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A recipe as it was said, with matrices spelled out."""
+
+    path: Path
+    digest: str  # blake3 of the file
+    table: RecipeTable
+    lines: Lines
+    templates: Mapping[str, str]  # step → the name its table has in the file
+
+    def where(self, *address: str | int) -> str:
+        """Name the file and line of a table or field; steps of a matrix share their template's."""
+        if len(address) > 1 and address[0] == "step":
+            address = ("step", self.templates.get(str(address[1]), address[1]), *address[2:])
+        return self.lines.where(*address)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe. Raises `RecipeError` with everything that is wrong with its form, in file order."""
+    table, lines = read_toml(path)
+    version = table.get("recipe", FORMAT)
+    if type(version) is int and version > FORMAT:
+        what = f"is written in recipe format {version}; this sdbuild reads format {FORMAT}"
+        raise RecipeError(Issue(where=lines.where("recipe"), what=what, hint="a newer sdbuild may read it"))
+    issues: list[Issue] = []
+    templates = _expand_steps(table, lines, issues)
+    digest = blake3_hex(path.read_bytes())
+    try:
+        recipe = Recipe(path=path, digest=digest, table=RecipeTable.model_validate(table), lines=lines, templates=templates)
+    except ValidationError as error:
+        found = [_issue(e, lines, templates) for e in error.errors(include_url=False)]
+        raise RecipeError(*dict.fromkeys(issues + found)) from error
+    issues += _bad_names(recipe)
+    if issues:
+        raise RecipeError(*issues)
+    return recipe
+
+
+def _expand_steps(table: dict[str, Any], lines: Lines, issues: list[Issue]) -> dict[str, str]:
+    """Spell out matrices in place, and remember which table each step comes from."""
+    written = table.get("step")
+    if not isinstance(written, dict):
+        return {}
+    steps: dict[str, Any] = {}
+    templates: dict[str, str] = {}
+    for template, fields in written.items():
+        expanded = expand_matrix(template, fields, lines, issues) if isinstance(fields, dict) else [(template, fields)]
+        for name, filled in expanded:
+            if name in steps:
+                what = f"step `{name}` is made twice, by `{templates[name]}` and by `{template}`"
+                issues.append(Issue(where=lines.where("step", template), what=what))
+            steps[name] = filled
+            templates[name] = template
+    table["step"] = steps
+    return templates
+
+
+def _bad_names(recipe: Recipe) -> list[Issue]:
+    """Find names that could not be file names everywhere, or that differ only in case."""
+    issues = []
+    seen: dict[str, str] = {}
+    for kind, names in (("source", recipe.table.source), ("step", recipe.table.step)):
+        for name in names:
+            where = recipe.where(kind, name)
+            if not _NAME.fullmatch(name) or _RESERVED.fullmatch(name):
+                hint = "use up to 128 letters, digits, `-`, `_` and `.`, not beginning or ending with a dot, and no Windows device name"
+                issues.append(Issue(where=where, what=f"`{name[:128]}` cannot be the name of a {kind}", hint=hint))
+            elif (twin := seen.setdefault(name.casefold(), f"{kind} `{name}`")) != f"{kind} `{name}`":
+                issues.append(Issue(where=where, what=f"{kind} `{name}` has the same name as {twin}", hint="upper and lower case do not count"))
+    return issues
+
+
+def _issue(error: Any, lines: Lines, templates: Mapping[str, str]) -> Issue:
+    """Say one of pydantic's complaints in our words, with its line."""
+    address = tuple(error["loc"])
+    if len(address) > 1 and address[0] == "step":
+        address = ("step", templates.get(address[1], address[1]), *address[2:])
+    where = lines.where(*address)
+    field, table = str(address[-1]), " ".join(f"`{part}`" if n else str(part) for n, part in enumerate(address[:2])) if len(address) > 2 else "the recipe"
+    match error["type"]:
+        case "extra_forbidden":
+            return Issue(where=where, what=f"{table} has an unknown field `{field}`", hint=nearest(field, _fields_around(address)))
+        case "missing":
+            return Issue(where=where, what=f"{table} lacks `{field}`", hint=_MISSING_HINTS.get(field, ""))
+        case "literal_error":
+            return Issue(where=where, what=f"`{field}` is {error['input']!r}; it must be {error['ctx']['expected'].replace(chr(39), '`')}")
+        case "string_pattern_mismatch":
+            return Issue(where=where, what=f"`{field}` of {table} must be 64 hex digits, but has {len(str(error['input']))} characters")
+        case _:
+            shown = repr(error["input"])
+            return Issue(where=where, what=f"`{field}` of {table} is {shown[:60]}: {error['msg'][:1].lower() + error['msg'][1:]}")
+
+
+_MISSING_HINTS = {
+    "recipe": "write `recipe = 1` at the top",
+    "architecture": 'write `architecture = "sd1"` (or `sdxl`, or `generic`)',
+    "source": 'write a [source.NAME] with a `path` or `filename`',
+    "step": 'write a [step.NAME] with a `formula`',
+}
+
+
+def _fields_around(address: tuple[str | int, ...]) -> list[str]:
+    models = {"defaults": Defaults, "source": SourceTable, "step": StepTable}
+    model = models.get(str(address[0]), RecipeTable) if len(address) > 1 else RecipeTable
+    return list(model.model_fields)

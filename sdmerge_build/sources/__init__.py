@@ -1,0 +1,213 @@
+"""Owns where sources are: finds each one's file on this machine and proves that it is the one the recipe means.
+
+Has never heard of steps or merging. A name finds candidates, content decides.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdmerge_build.errors import IntegrityError, Issue, SdbuildError, SourceError
+from sdmerge_build.files import readable_size
+from sdmerge_build.recipe import Recipe, SourceTable
+from sdmerge_build.sources.hashing import Digests, Request, learn_digests
+from sdmerge_build.sources.memo import Memo
+from sdmerge_build.sources.uri import UriError, page_of
+from sdmerge_build.tensorfile import Header, read_header
+
+__all__ = ["Found", "Memo", "UriError", "find_sources", "page_of"]
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A source's file, its header, and what its bytes are known by."""
+
+    path: Path
+    header: Header
+    digests: Digests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """Where to look, what is remembered, and how to read."""
+
+    folders: Sequence[Path]
+    memo: Memo
+    jobs: int
+    reading: Callable[[int], None]  # told the bytes that will be read, before the first is
+    advanced: Callable[[int], None]
+
+
+def find_sources(recipe: Recipe, sources: Mapping[str, SourceTable], search: Search) -> tuple[dict[str, Found], dict[str, SdbuildError]]:
+    """Find every source; return what was found, and for each that was not, the error that says what to do.
+
+    A candidate is taken when its size and digests are those the recipe pins. All candidates that nothing is known of are read at once,
+    each a single time.
+    """
+    index = _Index(search.folders)
+    candidates = {name: list(_candidates(recipe, source, index)) for name, source in sources.items()}
+    headers: dict[Path, Header | SdbuildError] = {}
+    for path in dict.fromkeys(p for paths in candidates.values() for p in paths):
+        try:
+            headers[path] = read_header(path)
+        except SdbuildError as error:
+            headers[path] = error
+        except OSError as error:
+            headers[path] = SourceError(Issue(where=str(path), what=f"cannot be read: {error.strerror}"))
+    digests = _digests(sources, candidates, headers, search)
+    found: dict[str, Found] = {}
+    errors: dict[str, SdbuildError] = {}
+    for name, source in sources.items():
+        match = _choose(source, candidates[name], headers, digests)
+        if match:
+            found[name] = match
+        else:
+            errors[name] = _absence(recipe, name, source, candidates[name], headers, digests)
+    return found, errors
+
+
+def _candidates(recipe: Recipe, source: SourceTable, index: _Index) -> Iterator[Path]:
+    """Yield the files a source may be, likeliest first."""
+    if source.path:
+        path = recipe.path.parent / Path(source.path).expanduser()
+        if path.exists():
+            yield path
+        return
+    named = index.named(source.filename) if source.filename else []
+    pinned = source.sha256 or source.blake3
+    others = index.sized(source.size) if pinned and source.size is not None else index.all() if pinned and not source.filename else []
+    for path in dict.fromkeys([*named, *others]):
+        if source.size is None or path.stat().st_size == source.size:
+            yield path
+
+
+class _Index:
+    """The model files below some folders; looked through once, and only when a source needs it."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = folders
+        self._files: list[Path] | None = None
+
+    def all(self) -> list[Path]:
+        """List every model file, in an order that does not depend on the file system."""
+        if self._files is None:
+            self._files = [path for folder in self._folders for path in _walk(folder)]
+        return self._files
+
+    def named(self, filename: str) -> list[Path]:
+        """List the files of a name; upper and lower case do not count, as on Windows and macOS."""
+        return [path for path in self.all() if path.name.casefold() == filename.casefold()]
+
+    def sized(self, size: int) -> list[Path]:
+        """List the files of a size in bytes."""
+        return [path for path in self.all() if path.stat().st_size == size]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Walk a folder, links included, each real folder once."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (path for name in sorted(files) if name.endswith(SUFFIX) and (path := Path(root, name)).is_file())
+
+
+def _digests(
+    sources: Mapping[str, SourceTable],
+    candidates: Mapping[str, Sequence[Path]],
+    headers: Mapping[Path, Header | SdbuildError],
+    search: Search,
+) -> dict[Path, Digests]:
+    """Learn the digests of all candidates, from the memo or by reading."""
+    wanted: dict[Path, tuple[bool, bool]] = {}
+    for name, paths in candidates.items():
+        for path in paths:
+            sha256, blake3 = wanted.get(path, (False, False))
+            wanted[path] = sha256 or bool(sources[name].sha256), blake3 or bool(sources[name].blake3)
+    known: dict[Path, Digests] = {}
+    requests: list[Request] = []
+    for path, (sha256, blake3) in wanted.items():
+        remembered = search.memo.recall(path)
+        header = headers[path]
+        if remembered and (remembered.sha256 or not sha256) and (remembered.blake3 or not blake3):
+            known[path] = remembered
+        elif isinstance(header, Header):
+            requests.append(Request(path=path, header=header, sha256=sha256, blake3=blake3))
+    if requests:
+        search.reading(sum(request.header.file_size for request in requests))
+        learned = learn_digests(requests, search.jobs, search.advanced)
+        for request, (digests, snapshot) in zip(requests, learned, strict=True):
+            known[request.path] = digests
+            search.memo.remember(request.path, digests, snapshot)
+        search.memo.save()
+    return known
+
+
+def _choose(
+    source: SourceTable, paths: Sequence[Path], headers: Mapping[Path, Header | SdbuildError], digests: Mapping[Path, Digests]
+) -> Found | None:
+    for path in paths:
+        header = headers[path]
+        if isinstance(header, Header) and path in digests and not _mismatches(source, header, digests[path]):
+            return Found(path=path, header=header, digests=digests[path])
+    return None
+
+
+def _mismatches(source: SourceTable, header: Header, digests: Digests) -> list[str]:
+    """Quote both sides of every pin that does not hold."""
+    pins = [
+        ("size", source.size, header.file_size),
+        ("sha256", source.sha256 and source.sha256.lower(), digests.sha256),
+        ("blake3", source.blake3 and source.blake3.lower(), digests.blake3),
+    ]
+    return [f"its {name} is {actual}, not {pinned} as the recipe says" for name, pinned, actual in pins if pinned is not None and pinned != actual]
+
+
+def _absence(
+    recipe: Recipe,
+    name: str,
+    source: SourceTable,
+    paths: Sequence[Path],
+    headers: Mapping[Path, Header | SdbuildError],
+    digests: Mapping[Path, Digests],
+) -> SdbuildError:
+    """Say why a source was not found: damaged, not the file that was pinned, or nowhere."""
+    where = recipe.where("source", name)
+    issues = []
+    for path in paths:
+        header = headers[path]
+        if isinstance(header, SdbuildError):
+            issues += [Issue(where=where, what=f"source `{name}`: {issue.where}: {issue.what}", hint=issue.hint) for issue in header.issues]
+        else:
+            issues += [Issue(where=where, what=f"source `{name}`: {path}: {text}") for text in _mismatches(source, header, digests[path])]
+    if issues and (source.path or all(isinstance(headers[path], SdbuildError) for path in paths)):
+        return IntegrityError(*issues)
+    what = f"source `{name}` is nowhere to be found"
+    if source.path:
+        what = f"source `{name}`: there is no file `{source.path}` beside the recipe"
+    return SourceError(Issue(where=where, what=what, hint=_where_to_get(source)), *issues)
+
+
+def _where_to_get(source: SourceTable) -> str:
+    """Say what file is meant, where it can be had and where to put it."""
+    file = source.filename or (Path(source.path).name if source.path else "the file")
+    facts = [
+        readable_size(source.size) + f" ({source.size} bytes)" if source.size is not None else "",
+        f"sha256 {source.sha256}" if source.sha256 else "",
+        f"blake3 {source.blake3}" if source.blake3 else "",
+    ]
+    page = source.homepage or (page_of(source.uri) if source.uri else "")
+    address = page_of(source.uri) if source.uri else page
+    text = f"it is {', '.join([file, *filter(None, facts)])}"
+    if address:
+        text += f"; get it from {address}"
+    return text + "; put it into any folder and name that folder with --models, or in SDBUILD_MODELS"

@@ -1,0 +1,131 @@
+"""Owns TOML text from strangers: reads it within limits, and remembers on which line each table and field stands.
+
+Has never heard of what a recipe means.
+Limits and traps: tomllib accepts `nan` and `1e999`, and needs seconds or a deep stack for nested brackets and long dotted keys.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdmerge_build.errors import Issue, RecipeError
+
+__all__ = ["Lines", "read_toml"]
+
+MAX_BYTES = 1 << 20
+MAX_NESTING = 32
+MAX_DOTS = 16
+Address = tuple[str | int, ...]
+
+_STRING = re.compile(r'"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL)
+_COMMENT = re.compile(r"#.*")
+_HEADER = re.compile(r"\s*(\[{1,2}[^\[\]]+\]{1,2})\s*(?:#.*)?$")
+_FIELD = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"\\]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"\\]*"|'[^']*'))*)\s*=""")
+
+
+class Lines:
+    """Where in a file things stand, for messages."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path = path
+        self._lines: dict[Address, int] = {}
+        table: Address = ()
+        for number, line in enumerate(text.splitlines(), 1):
+            if header := _HEADER.match(line):
+                table = _address(header[1]) or table
+                self._lines.setdefault(table, number)
+            elif field := _FIELD.match(line):
+                self._lines.setdefault(table + _address(f"{field[1]} = 0"), number)
+
+    def where(self, *address: str | int) -> str:
+        """Name the file and the line of a table or field, or of the nearest thing around it."""
+        for end in range(len(address), 0, -1):
+            if line := self._lines.get(address[:end]):
+                return f"{self._path}:{line}"
+        return str(self._path)
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], Lines]:
+    """Read a TOML file of at most 1 MiB; anything wrong with its text is one `RecipeError` that names the place."""
+    text = _read_text(path)
+    where = str(path)
+    bare = _COMMENT.sub("", _STRING.sub('""', text))
+    if _nesting(bare) > MAX_NESTING:
+        raise RecipeError(Issue(where=where, what=f"brackets are nested more than {MAX_NESTING} deep"))
+    if re.search(rf"(?:[^\s.=]+\s*\.\s*){{{MAX_DOTS},}}", bare):
+        raise RecipeError(Issue(where=where, what=f"a dotted name has more than {MAX_DOTS} parts"))
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"\(at line (\d+), column \d+\)", str(error))
+        raise RecipeError(Issue(where=f"{where}:{place[1]}" if place else where, what=_lowercase(str(error)))) from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(Issue(where=where, what=f"cannot be read as TOML: {error}")) from error
+    lines = Lines(path, text)
+    if issues := [
+        Issue(where=lines.where(*address), what=f"`{address[-1]}` is {value}, not a finite number")
+        for address, value in _numbers(table)
+        if not math.isfinite(value)
+    ]:
+        raise RecipeError(*issues)
+    return table, lines
+
+
+def _read_text(path: Path) -> str:
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise RecipeError(Issue(where=where, what="is larger than 1 MiB, too large for a recipe"))
+        return raw.decode("utf-8-sig")  # Windows Notepad writes a byte order mark, which tomllib refuses
+    except FileNotFoundError:
+        raise RecipeError(Issue(where=where, what="there is no such recipe")) from None
+    except OSError as error:
+        raise RecipeError(Issue(where=where, what=f"cannot be read: {error.strerror}")) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(Issue(where=where, what=f"is not UTF-8 text: {error.reason} at byte {error.start}")) from error
+
+
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _numbers(value: Any, address: Address = ()) -> Iterator[tuple[Address, float]]:
+    if isinstance(value, float):
+        yield address, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(item, (*address, key))
+    elif isinstance(value, list):
+        for n, item in enumerate(value):
+            yield from _numbers(item, (*address, n))
+
+
+def _address(line: str) -> Address:
+    """Parse one table header or one `key = 0` line into its address."""
+    try:
+        value: Any = tomllib.loads(line)
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return ()
+    address: list[str | int] = []
+    while isinstance(value, (dict, list)) and value:
+        if isinstance(value, list):
+            value = value[0]
+            continue
+        key, value = next(iter(value.items()))
+        address.append(key)
+    return tuple(address)
+
+
+def _lowercase(message: str) -> str:
+    return message[:1].lower() + message[1:]
