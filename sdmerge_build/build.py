@@ -27,7 +27,7 @@ from sdmerge_build.store import Stored
 from sdmerge_build.tensorfile import Layout, lay_out, read_header
 from sdmerge_build.writer import Written
 
-__all__ = ["Report", "build", "dry_run"]
+__all__ = ["Report", "build", "plan_build"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ def build(path: Path, options: Options, watcher: Watcher) -> Report:
     return run.report(published, time.monotonic() - began)
 
 
-def dry_run(path: Path, options: Options, watcher: Watcher) -> Report:
+def plan_build(path: Path, options: Options, watcher: Watcher) -> Report:
     """Say what `build` would do. Sources nothing is known of are read, to know their keys; nothing is built."""
     began = time.monotonic()
     prepared = prepare(path, options, watcher, on_read=lambda: None)

@@ -7,6 +7,7 @@ Operations are separate and correctly rounded, each on a slice of one tensor, so
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ def run(walk: Pass, targets: Sequence[Path], jobs: int, advanced: Callable[[int]
     Raises the first error unless `keep_going`, and then only those that concern every output. The files are complete and on disk when it returns.
     """
     torch.set_num_threads(1)  # our threads share the work; torch's own would only get in their way
+    _keep_freed_memory()
     sizes = [max((batch.regions[n][1] for batch in walk.batches), default=0) for n in range(len(walk.outputs))]
     files = [(target, output.layout) for target, output in zip(targets, walk.outputs, strict=True)]
     with Writer(files, sizes, spare=jobs + 2) as writer:
@@ -79,6 +81,19 @@ def rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         bits = torch.where(inexact, torch.where(outwards, bits - 1, bits) | 1, bits)
         value = bits.view(torch.float32)
     return value.to(dtype)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to reuse freed memory instead of returning it to the system.
+
+    Measured: every slice frees a few arrays of half a megabyte; given back and asked for again, their pages cost a third of a pass.
+    Other C libraries have no such call and need none.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 64 << 20)
 
 
 class _Walker:

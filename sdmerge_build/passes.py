@@ -21,7 +21,7 @@ __all__ = ["Apply", "Batch", "Emit", "Leaf", "Load", "Output", "Pass", "Program"
 SLICE = 128 << 10
 """Elements evaluated at once. Measured: a third of this is slower for Python's overhead, eight times this for missing the cache."""
 
-BATCH = 2 << 20
+BATCH = 1 << 20
 """Elements that are written and hashed at once, per artifact."""
 
 

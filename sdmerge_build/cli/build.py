@@ -1,0 +1,102 @@
+"""Owns `sdbuild build`: its options, and the story from recipes to reports.
+
+Has never heard of tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdmerge_build.build import Report, build, plan_build
+from sdmerge_build.console import print_issues, print_json, report_as_json, report_as_text, watcher_for
+from sdmerge_build.errors import Issue, RecipeError
+from sdmerge_build.plan import plan_recipe
+from sdmerge_build.prepare import Options
+from sdmerge_build.recipe import read_recipe
+from sdmerge_build.rehearse import SIZES
+
+__all__ = ["build_command"]
+
+
+class _BuildCommand(click.Command):
+    """A command whose `--rehearse` may stand without a size."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give a bare `--rehearse` its size, so that it does not take the recipe for one."""
+        return super().parse_args(ctx, [f"--rehearse={SIZES[0]}" if arg == "--rehearse" else arg for arg in args])
+
+
+@click.command("build", cls=_BuildCommand)
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, metavar="STEP", help="Build this artifact alone; may be given several times.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Where artifacts appear.  [default: out]")
+@click.option("--store", type=click.Path(path_type=Path, file_okay=False), help="Where finished work is kept, or SDBUILD_STORE.  [default: cache]")
+@click.option("--models", multiple=True, type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="A folder that holds models you own; may be given several times, or SDBUILD_MODELS.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(1, 256), help="How many threads compute.  [default: one per core]")
+@click.option("--dry-run", is_flag=True, help="Say what would be built and why, and build nothing.")
+@click.option("--explain", is_flag=True, help="Say for each artifact which fact changed since it was last built.")
+@click.option("--rehearse", type=click.Choice(SIZES), metavar="[=tiny|full]",
+              help="Replace every source by a stand-in: tiny ones take a second, full ones have the real size.")  # fmt: skip
+@click.option("--keep-going", is_flag=True, help="Build what can be built when something else cannot.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of lines.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def build_command(recipes: tuple[Path, ...], as_json: bool, quiet: bool, dry_run: bool, explain: bool, **said: Any) -> int:
+    """Build what recipes ask for.
+
+    Artifacts appear in out/ as NAME.safetensors with NAME.manifest.toml. What is up to date is left
+    alone: a second run does nothing.
+    """
+    options = _options(**said)
+    watcher = watcher_for(is_quiet=quiet or as_json)
+    if options.rehearse:
+        watcher.note(f"rehearsal ({options.rehearse}): stand-ins take the place of the sources")
+    _refuse_one_name_for_two(recipes)
+    run = plan_build if dry_run else build
+    reports: list[Report] = []
+    try:
+        for recipe in recipes:
+            reports.append(run(recipe, options, watcher))
+            if not as_json and not quiet:
+                click.echo("\n".join(report_as_text(reports[-1], is_plan=dry_run, explains=explain)))
+    finally:
+        watcher.finished()
+    if as_json:
+        print_json({"reports": [report_as_json(report, is_plan=dry_run) for report in reports]})
+    else:
+        print_issues([issue for report in reports for wish in report.wishes if wish.error for issue in wish.error.issues])
+    return next((report.exit_code for report in reports if report.exit_code), 0)
+
+
+def _options(*, out: Path | None, store: Path | None, models: tuple[Path, ...], jobs: int | None, rehearse: str | None, **rest: Any) -> Options:
+    """Put together what the command line and the environment say."""
+    owned = (Path(folder) for folder in os.environ.get("SDBUILD_MODELS", "").split(os.pathsep) if folder)
+    folders = (*models, *owned)
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise RecipeError(*(Issue(where=str(folder), what="there is no such folder of models") for folder in missing))
+    return Options(
+        out=out,
+        store=store or Path(os.environ.get("SDBUILD_STORE") or "cache"),
+        models=folders,
+        jobs=jobs or os.cpu_count() or 1,
+        rehearse=rehearse or "",
+        **rest,
+    )
+
+
+def _refuse_one_name_for_two(recipes: tuple[Path, ...]) -> None:
+    """Two recipes in one run must not make two artifacts of one name: the second would take the first's place."""
+    if len(recipes) == 1:
+        return
+    makers: dict[str, Path] = {}
+    issues = []
+    for recipe in dict.fromkeys(recipes):
+        for name in plan_recipe(read_recipe(recipe)).wanted:
+            if (other := makers.setdefault(name.casefold(), recipe)) != recipe:
+                issues.append(Issue(where=str(recipe), what=f"artifact `{name}` is also made by {other}", hint="build them into different folders with --out"))
+    if issues:
+        raise RecipeError(*issues)

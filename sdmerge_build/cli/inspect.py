@@ -1,0 +1,122 @@
+"""Owns `sdbuild inspect`: what a checkpoint is, what it is made of, and what it says of its origin.
+
+Has never heard of recipes or the store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdmerge_build.architectures import recognise
+from sdmerge_build.console import print_json, watcher_for
+from sdmerge_build.errors import Issue, RecipeError
+from sdmerge_build.files import readable_size
+from sdmerge_build.lineage import claimed_ancestors
+from sdmerge_build.sources.hashing import Request, learn_digests
+from sdmerge_build.tensorfile import Header, read_header
+
+__all__ = ["inspect_command"]
+
+_SHOWN = 100  # characters of a metadata value
+
+
+@click.command("inspect")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, metadata in full.")
+def inspect_command(file: Path, as_json: bool) -> None:
+    """Show what a checkpoint is: architecture, dtypes, components, hashes, metadata, lineage."""
+    if not file.exists():
+        raise RecipeError(Issue(where=str(file), what="there is no such file"))
+    header = read_header(file)
+    watcher = watcher_for(is_quiet=as_json)
+    watcher.started("hashing", header.file_size)
+    try:
+        [(digests, _)] = learn_digests([Request(path=file, header=header, sha256=True, blake3=True)], os.cpu_count() or 1, watcher.advanced)
+    finally:
+        watcher.finished()
+    facts = _facts(header) | {
+        "sha256": digests.sha256,
+        "model_hash": (digests.sha256 or "")[:10],
+        "blake3": digests.blake3,
+        "tensor_digest": digests.tensors,
+        "metadata": header.metadata,
+        "lineage": _lineage(header.metadata),
+        "claimed": claimed_ancestors(header.metadata),
+    }
+    if as_json:
+        print_json({"file": str(file)} | facts)
+    else:
+        _print(file, facts)
+
+
+def _facts(header: Header) -> dict[str, Any]:
+    """Summarise a header by component."""
+    architecture = recognise(header.tensors)
+    components: dict[str, dict[str, Any]] = defaultdict(lambda: {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": Counter()})
+    for spec in header.tensors.values():
+        component = components[architecture.component_of(spec.name)]
+        component["tensors"] += 1
+        component["parameters"] += spec.numel
+        component["bytes"] += spec.nbytes
+        component["dtypes"][spec.dtype] += 1
+    return {
+        "size": header.file_size,
+        "architecture": architecture.name,
+        "title": architecture.title,
+        "tensors": len(header.tensors),
+        "parameters": sum(spec.numel for spec in header.tensors.values()),
+        "dtypes": dict(sorted(Counter(spec.dtype for spec in header.tensors.values()).items())),
+        "components": {name: components[name] for name in sorted(components)},
+    }
+
+
+def _lineage(metadata: Mapping[str, str]) -> Any:
+    """Read the ancestry that sdbuild wrote, if it did and it can still be read."""
+    try:
+        lineage = json.loads(metadata.get("sdbuild.lineage", "null"))
+    except (ValueError, RecursionError):
+        return None
+    return lineage if isinstance(lineage, dict) else None
+
+
+def _print(file: Path, facts: Mapping[str, Any]) -> None:
+    click.echo(f"{file}: {facts['title']}, {readable_size(facts['size'])} ({facts['size']} bytes)")
+    click.echo(f"  {facts['tensors']} tensors, {facts['parameters'] / 1e6:.1f} M parameters, {_counted(facts['dtypes'])}")
+    for name, part in facts["components"].items():
+        click.echo(f"  {name:10} {part['tensors']:5} tensors {part['parameters'] / 1e6:9.1f} M  {_counted(part['dtypes'])}")
+    for name in ("sha256", "model_hash", "blake3", "tensor_digest"):
+        click.echo(f"  {name.replace('_', ' '):13} {facts[name]}")
+    if facts["metadata"]:
+        click.echo("metadata")
+    for key, value in sorted(facts["metadata"].items()):
+        click.echo(f"  {key} = {_printable(value)}")
+    for entry in _entries(facts["lineage"], "sources"):
+        click.echo(f"source  {entry.get('name')}  {entry.get('license', 'licence not said')}  sha256 {entry.get('sha256', 'not pinned')}")
+    for entry in _entries(facts["lineage"], "steps"):
+        said = entry.get("facts") if isinstance(entry.get("facts"), dict) else {}
+        params = ", ".join(f"{key.removeprefix('param.')} = {value}" for key, value in said.items() if key.startswith("param."))
+        click.echo(f"step    {entry.get('name')}  {said.get('method')}  {_printable(params)}")
+    for sha256, entry in facts["claimed"].items():
+        click.echo(f"claimed {_printable(entry['name'])}  sha256 {sha256}  (the word of whoever made the file)")
+
+
+def _entries(lineage: Any, kind: str) -> list[dict[str, Any]]:
+    entries = lineage.get(kind) if isinstance(lineage, dict) else None
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _counted(dtypes: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {dtype}" for dtype, count in sorted(dtypes.items()))
+
+
+def _printable(text: str) -> str:
+    """Shorten a stranger's text, and take the control characters out of it."""
+    clean = "".join(c if c.isprintable() else "·" for c in text[:_SHOWN])
+    return clean + (f"… ({len(text)} characters)" if len(text) > _SHOWN else "")

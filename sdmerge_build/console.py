@@ -1,0 +1,179 @@
+"""Owns what a person sees: progress on a terminal, plain lines elsewhere, results as text or JSON, errors.
+
+Has never heard of how anything is built; it is told, and prints. Results go to stdout, progress, notes and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sdmerge_build.build import Report
+from sdmerge_build.errors import Issue
+from sdmerge_build.events import State, Watcher
+from sdmerge_build.files import readable_size
+from sdmerge_build.manifest import manifest_path
+from sdmerge_build.prepare import Wish
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+__all__ = ["Live", "Plain", "issues_as_json", "print_issues", "print_json", "report_as_json", "report_as_text", "watcher_for"]
+
+_PLANNED = {State.WANTED: "build", State.EMITTED: "re-emit", State.REUSED: "reuse"}
+_DONE = {State.REUSED: "up to date", State.EMITTED: "re-emitted", State.BUILT: "built", State.FAILED: "failed", State.BLOCKED: "blocked"}
+
+
+def watcher_for(*, is_quiet: bool) -> Watcher:
+    """Choose a watcher: live where there is a terminal to redraw, plain lines where there is none."""
+    return Live() if sys.stderr.isatty() and not is_quiet else Plain(is_quiet=is_quiet)
+
+
+class Plain:
+    """One line when something begins; for logs and pipes."""
+
+    def __init__(self, *, is_quiet: bool = False) -> None:
+        self._is_quiet = is_quiet
+
+    def started(self, what: str, nbytes: int) -> None:
+        """Say what begins."""
+        self.note(f"{what} ({readable_size(nbytes)})")
+
+    def advanced(self, nbytes: int) -> None:
+        """Say nothing."""
+
+    def finished(self) -> None:
+        """Say nothing."""
+
+    def note(self, message: str) -> None:
+        """Print a line, unless told to be quiet."""
+        if not self._is_quiet:
+            print(message, file=sys.stderr, flush=True)
+
+
+class Live:
+    """A bar that is redrawn: what is made, how far it is, GB/s, time left."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._lock = threading.Lock()
+
+    def started(self, what: str, nbytes: int) -> None:
+        """Draw a bar."""
+        from rich import progress  # noqa: PLC0415  a build with nothing to do draws nothing
+        from rich.console import Console  # noqa: PLC0415
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        self.finished()
+        self._progress = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task(what, total=nbytes)
+        self._progress.start()
+
+    def advanced(self, nbytes: int) -> None:
+        """Move the bar."""
+        with self._lock:
+            if self._progress and self._task is not None:
+                self._progress.advance(self._task, nbytes)
+
+    def finished(self) -> None:
+        """Take the bar away."""
+        with self._lock:
+            if self._progress:
+                self._progress.stop()
+            self._progress = None
+
+    def note(self, message: str) -> None:
+        """Print a line above the bar."""
+        if self._progress:
+            self._progress.console.print(message, markup=False, highlight=False)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+
+def print_issues(issues: Sequence[Issue]) -> None:
+    """Print errors in the one grammar: `error: where: what`, a blank line, `hint: …`."""
+    for issue in issues:
+        print(f"error: {issue}", file=sys.stderr)
+
+
+def report_as_text(report: Report, *, is_plan: bool, explains: bool) -> Iterator[str]:
+    """Yield the lines of a report, artifacts in recipe order."""
+    yield from (f"warning: {text}" for text in report.warnings)
+    width = max((len(wish.step.name) for wish in report.wishes), default=0)
+    words = _DONE if not is_plan else _DONE | _PLANNED
+    for wish in report.wishes:
+        line = f"{wish.step.name:{width}}  {words[wish.state]:10}"
+        if wish.stored and not (is_plan and wish.state is State.EMITTED):
+            line += f"  {wish.target}  {readable_size(wish.stored.size)}  model hash {wish.stored.sha256[:10]}"
+        yield line.rstrip()
+        if explains or is_plan:
+            yield from (f"    {reason}" for reason in wish.reasons or ["its key is in the store"])
+    yield _summary(report, is_plan=is_plan)
+
+
+def _summary(report: Report, *, is_plan: bool) -> str:
+    counts = {state: sum(wish.state is state for wish in report.wishes) for state in State}
+    if is_plan:
+        todo = counts[State.WANTED] + counts[State.EMITTED]
+        if not todo:
+            return _nothing_to_do(report)
+        return f"{_artifacts(todo)} to make: {readable_size(report.bytes_read)} to read, {readable_size(report.bytes_written)} to write"
+    if counts[State.REUSED] == len(report.wishes) and not report.published:
+        return _nothing_to_do(report)
+    parts = [f"{count} {_DONE[state]}" for state, count in counts.items() if count]
+    return f"{', '.join(parts)} in {report.seconds:.1f} s"
+
+
+def _nothing_to_do(report: Report) -> str:
+    return f"nothing to do: {_artifacts(len(report.wishes))} up to date"
+
+
+def _artifacts(count: int) -> str:
+    return f"{count} artifact{'s' if count != 1 else ''}"
+
+
+def report_as_json(report: Report, *, is_plan: bool) -> dict[str, Any]:
+    """Turn a report into what a program can read."""
+    words = {state: state.value for state in State} | (_PLANNED if is_plan else {})
+    return {
+        "recipe": str(report.recipe),
+        "artifacts": [_wish_as_json(wish, words[wish.state], is_plan=is_plan) for wish in report.wishes],
+        "bytes_read": report.bytes_read,
+        "bytes_written": report.bytes_written,
+        "seconds": round(report.seconds, 3),
+        "warnings": list(report.warnings),
+    }
+
+
+def _wish_as_json(wish: Wish, state: str, *, is_plan: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {"name": wish.step.name, "state": state, "key": wish.artifact_key, "reasons": wish.reasons}
+    if wish.stored and not (is_plan and wish.state is State.EMITTED):
+        facts |= {
+            "path": str(wish.target),
+            "manifest": str(manifest_path(wish.target)),
+            "size": wish.stored.size,
+            "sha256": wish.stored.sha256,
+            "model_hash": wish.stored.sha256[:10],
+            "tensor_digest": wish.stored.tensor_digest,
+        }
+    return facts | ({"errors": issues_as_json(wish.error.issues)} if wish.error else {})
+
+
+def issues_as_json(issues: Sequence[Issue]) -> list[dict[str, str]]:
+    """Turn errors into what a program can read."""
+    return [{"where": issue.where, "what": issue.what, "hint": issue.hint} for issue in issues]
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
