@@ -6,10 +6,9 @@ Has never heard of terminals. Imports `merge`, and with it torch, only when some
 from __future__ import annotations
 
 import importlib
-import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from sdmerge_build.files import Snapshot, as_space_error, free_space, readable_s
 from sdmerge_build.manifest import is_current, manifest_of, manifest_path, write_manifest
 from sdmerge_build.passes import Leaf, Output, Pass, plan_passes
 from sdmerge_build.prepare import Options, Prepared, Wish, joined, prepare
-from sdmerge_build.store import Stored
 from sdmerge_build.tensorfile import Layout, lay_out, read_header
 from sdmerge_build.writer import Written
 
@@ -141,8 +139,7 @@ class _Run:
                 leaves[wish.step.name] = Leaf(name=wish.step.name, path=wish.stored.path, header=read_header(wish.stored.path))
         keys = {name: description.key for name, description in prepared.described.items()}
         outputs = [
-            Output(name=wish.step.name, layout=self._layouts[wish.step.name], nonfinite=wish.step.nonfinite)
-            for wish in self._wishes(State.WANTED)
+            Output(name=wish.step.name, layout=self._layouts[wish.step.name], nonfinite=wish.step.nonfinite) for wish in self._wishes(State.WANTED)
         ]
         self._passes = list(plan_passes(prepared.plan, self.check(), keys, leaves, outputs))
 

@@ -226,11 +226,12 @@ def _multiply(left: Expression | Fraction, right: Expression | Fraction) -> Expr
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left * right
     if isinstance(left, Fraction):
-        left, right = right, left
+        return _multiply(right, left)
     if not isinstance(right, Fraction):
         raise FormulaError("multiplies two models", "one side of `*` must be a number")
     if isinstance(left, Scaled):  # a number times a number times a model: folded exactly, rounded once
-        left, right = left.of, left.factor * right
+        right *= left.factor
+        left = left.of
     if right == 0:
         return Fraction(0)
     if not MIN_FACTOR <= abs(right) <= 1 / MIN_FACTOR:

@@ -89,7 +89,7 @@ def differences(old: Mapping[str, Description], new: Mapping[str, Description], 
             continue
         done.add((before, after))
         yield from (f"{after}: {text}" if after != name else text for text in _changed_facts(was, now))
-        stack += [(was.inputs[role], parent) for role, parent in reversed(now.inputs.items()) if role in was.inputs]
+        stack += [(was.inputs[role], parent) for role, parent in reversed(list(now.inputs.items())) if role in was.inputs]
 
 
 def _changed_facts(was: Description, now: Description) -> Iterator[str]:

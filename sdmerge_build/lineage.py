@@ -133,9 +133,7 @@ def _lineage(plan: Plan, step: Step, described: Mapping[str, Description]) -> di
         for name in names
         if name in plan.sources
     ]
-    steps = [
-        {"name": name, "facts": dict(described[name].facts), "inputs": dict(described[name].inputs)} for name in names if name in plan.steps
-    ]
+    steps = [{"name": name, "facts": dict(described[name].facts), "inputs": dict(described[name].inputs)} for name in names if name in plan.steps]
     return {"lineage": 1, "sources": sources, "steps": steps}
 
 

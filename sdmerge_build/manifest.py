@@ -67,7 +67,7 @@ def is_current(path: Path, stored: Stored, recipe_digest: str) -> bool:
     """Tell whether a manifest is there and speaks of this artifact and this text of the recipe."""
     table = _read(path)
     artifact, reproduce = table.get("artifact", {}), table.get("reproduce", {})
-    return artifact.get("key") == stored.trace["artifact_key"] and reproduce.get("recipe_digest") == recipe_digest
+    return bool(artifact.get("key") == stored.trace["artifact_key"] and reproduce.get("recipe_digest") == recipe_digest)
 
 
 def described_in(path: Path) -> dict[str, Description]:

@@ -19,7 +19,7 @@ import torch
 from sdmerge_build.dtypes import ITEMSIZE
 from sdmerge_build.errors import IntegrityError, Issue, SdbuildError
 from sdmerge_build.passes import SLICE, Apply, Batch, Load, Pass, Program, Round, Slice
-from sdmerge_build.writer import Buffers, Written, Writer
+from sdmerge_build.writer import Buffers, Writer, Written
 
 __all__ = ["rounded", "run"]
 

@@ -16,8 +16,8 @@ from sdmerge_build.dtypes import RECIPE_NAMES
 from sdmerge_build.errors import Issue, RecipeError, nearest
 from sdmerge_build.formula import FormulaError, evaluate, names_in, parse_formula, show
 from sdmerge_build.methods import REQUIRED, Method, Parameter, methods
-from sdmerge_build.ratio import Ratio, RatioError, read_ratio
-from sdmerge_build.recipe import Defaults, Recipe, SourceTable, StepTable
+from sdmerge_build.ratio import RatioError, read_ratio
+from sdmerge_build.recipe import Recipe, SourceTable, StepTable
 
 __all__ = ["Plan", "Step", "plan_recipe"]
 
@@ -55,7 +55,7 @@ class Plan:
     def ancestors(self, name: str) -> list[str]:
         """List the steps and sources a step stands on, and itself, parents first."""
         found: set[str] = {name}
-        for step in reversed(self.steps.values()):
+        for step in reversed(list(self.steps.values())):
             if step.name in found:
                 found.update(step.inputs)
         return [n for n in (*self.sources, *self.steps) if n in found]
@@ -75,7 +75,7 @@ def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
     reader = _StepReader(recipe, architecture_named(table.architecture), issues)
     calls = {name: reader.call(name, step) for name, step in table.step.items()}
     issues += _sources_that_cannot_be_found(recipe)
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(calls)
     graph.add_edges_from((i, name) for name, call in calls.items() if call for i in call.inputs if i in calls)
     issues += _cycles(recipe, graph)
@@ -159,7 +159,7 @@ class _StepReader:
         roles = tuple(str(n) for n in range(1, len(inputs) + 1))
         text = show(expression, {i: f"[{role}]" for i, role in zip(inputs, roles, strict=True)})
 
-        def apply(*models: Any, formula: str) -> Any:
+        def apply(*models: Any, formula: str) -> Any:  # noqa: ARG001  the text is there for keys
             return evaluate(expression, dict(zip(inputs, models, strict=True)))
 
         method = Method(name="formula", version=1, function=apply, models=(), parameters={}, title="Evaluate a formula.")
@@ -171,7 +171,8 @@ class _StepReader:
             what = f"step `{name}` asks for method `{step.method}`, which does not exist"
             return self._complain(name, "method", what=what, hint=nearest(step.method or "", methods()))
         given = dict(step.model_extra or {})
-        models, inputs = method.models or ("models",), []
+        models = method.models or ("models",)
+        inputs: list[str] = []
         for role in models:
             if role not in given:
                 self._complain(name, what=f"step `{name}` lacks `{role}`, a model that `{method.name}` needs")

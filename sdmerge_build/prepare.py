@@ -119,7 +119,7 @@ def _rehearsed(plan: Plan, options: Options, watcher: Watcher) -> Plan:
 
 
 def _refuse_to_replace_sources(prepared: Prepared) -> None:
-    """An artifact must not take the place of a file it is made from."""
+    """Refuse an artifact that would take the place of a file it is made from."""
     issues = []
     for wish in prepared.wishes:
         for name, source in prepared.found.items():

@@ -62,10 +62,15 @@ def read_ratio(value: Any, architecture: Architecture) -> Ratio:
     if unknown := [key for key in value if key not in _FIELDS]:
         message = f"has an unknown field `{unknown[0]}`"
         raise RatioError(message, nearest(unknown[0], _FIELDS) or "a ratio table has `base`, `mbw`, `blocks` and `rules`")
-    if "base" not in value and "mbw" not in value:
+    said = _number(value["base"], "`base`") if "base" in value else None
+    if "mbw" in value:
+        blocks = _read_mbw(value["mbw"], said, architecture)
+        base = blocks[BASE]
+    elif said is not None:
+        base = said
+        blocks = dict.fromkeys(architecture.blocks, base)
+    else:
         raise RatioError("lacks `base`, the value of everything that no block or rule names", "write `base = 0.5`")
-    base = _number(value["base"], "`base`") if "base" in value else None
-    blocks = _read_mbw(value["mbw"], base, architecture) if "mbw" in value else dict.fromkeys(architecture.blocks, base)
     entries = list(_read_blocks(value.get("blocks", {}), architecture))
     for names, number in entries:
         blocks |= dict.fromkeys((b for b in blocks if b in names), number)
@@ -84,7 +89,7 @@ def _number(value: Any, what: str) -> float:
     return float(value)
 
 
-def _read_mbw(text: Any, base: float | None, architecture: Architecture) -> dict[str, Any]:
+def _read_mbw(text: Any, base: float | None, architecture: Architecture) -> dict[str, float]:
     """Read block weights as people paste them: a value per block, BASE first, or without BASE when `base` says it."""
     names = list(architecture.blocks)
     if not names:

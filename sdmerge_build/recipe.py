@@ -165,7 +165,10 @@ def _issue(error: Any, lines: Lines, templates: Mapping[str, str]) -> Issue:
     if len(address) > 1 and address[0] == "step":
         address = ("step", templates.get(address[1], address[1]), *address[2:])
     where = lines.where(*address)
-    field, table = str(address[-1]), " ".join(f"`{part}`" if n else str(part) for n, part in enumerate(address[:2])) if len(address) > 2 else "the recipe"
+    field, table = (
+        str(address[-1]),
+        " ".join(f"`{part}`" if n else str(part) for n, part in enumerate(address[:2])) if len(address) > 2 else "the recipe",
+    )
     match error["type"]:
         case "extra_forbidden":
             return Issue(where=where, what=f"{table} has an unknown field `{field}`", hint=nearest(field, _fields_around(address)))
@@ -183,12 +186,12 @@ def _issue(error: Any, lines: Lines, templates: Mapping[str, str]) -> Issue:
 _MISSING_HINTS = {
     "recipe": "write `recipe = 1` at the top",
     "architecture": 'write `architecture = "sd1"` (or `sdxl`, or `generic`)',
-    "source": 'write a [source.NAME] with a `path` or `filename`',
-    "step": 'write a [step.NAME] with a `formula`',
+    "source": "write a [source.NAME] with a `path` or `filename`",
+    "step": "write a [step.NAME] with a `formula`",
 }
 
 
 def _fields_around(address: tuple[str | int, ...]) -> list[str]:
-    models = {"defaults": Defaults, "source": SourceTable, "step": StepTable}
+    models: dict[str, type[Table]] = {"defaults": Defaults, "source": SourceTable, "step": StepTable}
     model = models.get(str(address[0]), RecipeTable) if len(address) > 1 else RecipeTable
     return list(model.model_fields)

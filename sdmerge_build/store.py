@@ -210,7 +210,13 @@ def _is_running(pid: int) -> bool:
 
 def _write_json(path: Path, value: Any) -> None:
     with path.open("x", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, separators=(",", ":") if isinstance(value, tuple) else None, indent=None if isinstance(value, tuple) else 1)
+        json.dump(
+            value,
+            file,
+            ensure_ascii=False,
+            separators=(",", ":") if isinstance(value, tuple) else None,
+            indent=None if isinstance(value, tuple) else 1,
+        )
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

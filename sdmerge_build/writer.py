@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from blake3 import blake3
 
@@ -21,7 +21,7 @@ from sdmerge_build.digest import TensorRow, tensor_digest
 from sdmerge_build.files import allocate, flush_to_disk
 from sdmerge_build.tensorfile import Layout, Spec
 
-__all__ = ["Buffers", "Written", "Writer"]
+__all__ = ["Buffers", "Writer", "Written"]
 
 FLUSH_SECONDS = 0.25
 
@@ -120,7 +120,7 @@ class Writer:
         self._hashers = [threading.Thread(target=self._hash, args=(n,), daemon=True) for n in range(len(self._files))]
         self._flusher = threading.Thread(target=self._flush, daemon=True)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> Self:
         for file in self._files:
             file.start()
         for thread in (*self._hashers, self._flusher):

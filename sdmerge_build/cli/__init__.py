@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -87,7 +88,7 @@ def _run(args: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail(_INTERRUPTED, [Issue(what="interrupted; nothing unfinished was left behind")], as_json=as_json)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  whoever read our output has gone; nothing more to say
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  whoever read our output has gone; nothing more to say
         return 1
     except OSError as error:
         where = str(error.filename or "")

@@ -93,10 +93,11 @@ def _refuse_one_name_for_two(recipes: tuple[Path, ...]) -> None:
     if len(recipes) == 1:
         return
     makers: dict[str, Path] = {}
-    issues = []
-    for recipe in dict.fromkeys(recipes):
-        for name in plan_recipe(read_recipe(recipe)).wanted:
-            if (other := makers.setdefault(name.casefold(), recipe)) != recipe:
-                issues.append(Issue(where=str(recipe), what=f"artifact `{name}` is also made by {other}", hint="build them into different folders with --out"))
+    issues = [
+        Issue(where=str(recipe), what=f"artifact `{name}` is also made by {other}", hint="build them into different folders with --out")
+        for recipe in dict.fromkeys(recipes)
+        for name in plan_recipe(read_recipe(recipe)).wanted
+        if (other := makers.setdefault(name.casefold(), recipe)) != recipe
+    ]
     if issues:
         raise RecipeError(*issues)

@@ -100,7 +100,8 @@ def _print(file: Path, facts: Mapping[str, Any]) -> None:
     for entry in _entries(facts["lineage"], "sources"):
         click.echo(f"source  {entry.get('name')}  {entry.get('license', 'licence not said')}  sha256 {entry.get('sha256', 'not pinned')}")
     for entry in _entries(facts["lineage"], "steps"):
-        said = entry.get("facts") if isinstance(entry.get("facts"), dict) else {}
+        facts_of_step = entry.get("facts")
+        said = facts_of_step if isinstance(facts_of_step, dict) else {}
         params = ", ".join(f"{key.removeprefix('param.')} = {value}" for key, value in said.items() if key.startswith("param."))
         click.echo(f"step    {entry.get('name')}  {said.get('method')}  {_printable(params)}")
     for sha256, entry in facts["claimed"].items():

@@ -72,11 +72,7 @@ def method(*, version: int, selects: Callable[..., bool] | None = None) -> Calla
             version=version,
             function=function,
             models=tuple(p.name for p in signature if p.kind is p.POSITIONAL_ONLY),
-            parameters={
-                p.name: Parameter(name=p.name, kind=str(p.annotation), default=p.default)
-                for p in signature
-                if p.kind is p.KEYWORD_ONLY
-            },
+            parameters={p.name: Parameter(name=p.name, kind=str(p.annotation), default=p.default) for p in signature if p.kind is p.KEYWORD_ONLY},
             title=(inspect.getdoc(function) or "").partition("\n")[0],
             selects=selects,
         )

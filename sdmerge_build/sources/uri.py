@@ -17,7 +17,9 @@ class UriError(ValueError):
 
 _HTTPS = re.compile(r"https://[^\s/]+\S*")
 _CIVITAI = re.compile(r"civitai:(?P<model>\d+)@(?P<version>\d+)(?:#\d+)?")
-_AIR = re.compile(r"(?:urn:)?(?:air:)?[a-z0-9]+:[a-z0-9]+:(?P<hub>civitai|huggingface):(?P<model>[^@\s+]+)@(?P<version>[^\s+]+)(?:\+\d+)?", re.IGNORECASE)
+_AIR = re.compile(
+    r"(?:urn:)?(?:air:)?[a-z0-9]+:[a-z0-9]+:(?P<hub>civitai|huggingface):(?P<model>[^@\s+]+)@(?P<version>[^\s+]+)(?:\+\d+)?", re.IGNORECASE
+)
 _HF = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@\s]+)@(?P<revision>\S+)")
 _RECIPE = re.compile(r"recipe:(?P<file>[^#\s]+\.toml)#(?P<step>\S+)")
 
