@@ -110,6 +110,7 @@ class _StepChecker:
             return
         self._checked.tensors[self._step.name] = tensors
         self._checked.operations[self._step.name] = operations
+        self._warn_of_shares()
         for what, names in self._kept.items():
             self._checked.notes.append(f"step `{self._step.name}` {what}: {named_briefly(names)}")
 
@@ -197,6 +198,12 @@ class _StepChecker:
         if spec.dtype not in MERGEABLE:
             return self._complain(f"cannot convert {spec.dtype}", name)
         return _copy_of(source, self._step.dtype)
+
+    def _warn_of_shares(self) -> None:
+        """Note shares that do not sum to 1: meant, perhaps, but the weights will not have the size of a model's."""
+        totals = {round(blend.total(), 6) for blend, _ in self._blends.values() if blend}
+        if odd := sorted(totals - {1.0}):
+            self._checked.notes.append(f"the shares of step `{self._step.name}` sum to {', '.join(f'{total:g}' for total in odd)}, not to 1")
 
     def _find_idle_patterns(self) -> None:
         """Complain of globs that match nothing: a misspelt one would otherwise be obeyed in silence."""

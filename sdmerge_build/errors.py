@@ -22,6 +22,7 @@ __all__ = [
     "SdbuildError",
     "SourceError",
     "SpaceError",
+    "in_file_order",
     "named_briefly",
     "nearest",
 ]
@@ -72,6 +73,16 @@ class SpaceError(SdbuildError):
     """The disk is too full."""
 
     exit_code = 7
+
+
+def in_file_order(issues: Iterable[Issue]) -> list[Issue]:
+    """Sort issues by the line they name, keeping the order of those on one line."""
+
+    def line(issue: Issue) -> int:
+        _, _, number = issue.where.rpartition(":")
+        return int(number) if number.isdigit() else 0
+
+    return sorted(dict.fromkeys(issues), key=line)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import networkx as nx
 
 from sdmerge_build.architectures import ARCHITECTURES, Architecture, architecture_named
 from sdmerge_build.dtypes import RECIPE_NAMES
-from sdmerge_build.errors import Issue, RecipeError, nearest
+from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest
 from sdmerge_build.formula import FormulaError, evaluate, names_in, parse_formula, show
 from sdmerge_build.methods import REQUIRED, Method, Parameter, methods
 from sdmerge_build.ratio import RatioError, read_ratio
@@ -79,10 +79,12 @@ def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
     graph.add_nodes_from(calls)
     graph.add_edges_from((i, name) for name, call in calls.items() if call for i in call.inputs if i in calls)
     issues += _cycles(recipe, graph)
-    artifacts = [n for n in calls if table.step[n].artifact or (table.step[n].artifact is None and not graph.out_degree(n))]
+    artifacts = [n for n in calls if _is_artifact(table.step[n].artifact, table.defaults.artifact, is_used=bool(graph.out_degree(n)))]
+    if not artifacts and not issues:
+        issues.append(Issue(where=recipe.where("step"), what="no step is an artifact, so there is nothing to build", hint="write `artifact = true` in one"))
     issues += _bad_wishes(recipe, only, artifacts)
     if issues:
-        raise RecipeError(*issues)
+        raise RecipeError(*in_file_order(issues))
     wanted = tuple(n for n in artifacts if not only or n in only)
     needed = set(wanted).union(*(nx.ancestors(graph, n) for n in wanted))
     position = {name: n for n, name in enumerate(calls)}
@@ -91,6 +93,11 @@ def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
     used = {i for step in steps.values() for i in step.inputs}
     sources = {n: s for n, s in table.source.items() if n in used}
     return Plan(recipe=recipe, architecture=reader.architecture, sources=sources, steps=steps, wanted=wanted)
+
+
+def _is_artifact(said: bool | None, default: bool | None, *, is_used: bool) -> bool:
+    """Tell whether a step's result is kept: as it says, or as the defaults say, or when no other step uses it."""
+    return said if said is not None else bool(default) or not is_used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdmerge_build.digest import blake3_hex
-from sdmerge_build.errors import Issue, RecipeError, nearest
+from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest
 from sdmerge_build.matrix import expand_matrix
 from sdmerge_build.tomltext import Lines, read_toml
 
@@ -118,10 +118,10 @@ def read_recipe(path: Path) -> Recipe:
         recipe = Recipe(path=path, digest=digest, table=RecipeTable.model_validate(table), lines=lines, templates=templates)
     except ValidationError as error:
         found = [_issue(e, lines, templates) for e in error.errors(include_url=False)]
-        raise RecipeError(*dict.fromkeys(issues + found)) from error
+        raise RecipeError(*in_file_order(issues + found)) from error
     issues += _bad_names(recipe)
     if issues:
-        raise RecipeError(*issues)
+        raise RecipeError(*in_file_order(issues))
     return recipe
 
 

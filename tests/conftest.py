@@ -1,0 +1,101 @@
+"""The scratch project in which tests cook recipes and run the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoints
+from sdmerge_build.build import Report, build
+from sdmerge_build.events import Silent
+from sdmerge_build.prepare import Options
+
+PAIR = """
+recipe = 1
+architecture = "sd1"
+
+[source.A]
+path = "A.safetensors"
+
+[source.B]
+path = "B.safetensors"
+
+[step.mix]
+formula = "0.3 * A + 0.7 * B"
+"""
+
+
+class Space:
+    """A folder with checkpoints and recipes; the current folder of every command it runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a recipe."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def edit(self, old: str, new: str, name: str = "recipe.toml") -> None:
+        """Change a recipe; the text to be changed must be there."""
+        text = (self.path / name).read_text(encoding="utf-8")
+        assert old in text
+        self.write(name, text.replace(old, new))
+
+    def checkpoint(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+        """Write a checkpoint."""
+        return checkpoints.write(self.path / f"{name}.safetensors", tensors, metadata)
+
+    def pair(self, recipe: str = PAIR, *, every: int = 40) -> None:
+        """Write two small SD 1 checkpoints, A and B, and a recipe over them."""
+        for name in ("A", "B"):
+            self.checkpoint(name, checkpoints.miniature("sd1", name, every=every))
+        self.write("recipe.toml", recipe)
+
+    def sdbuild(self, *args: str | Path, env: Mapping[str, str] | None = None, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        """Run the real command."""
+        command = [sys.executable, *python, "-m", "sdmerge_build", *map(str, args)]
+        surroundings = {key: value for key, value in os.environ.items() if not key.startswith("SDBUILD_")} | dict(env or {})
+        return subprocess.run(command, cwd=self.path, env=surroundings, capture_output=True, text=True, encoding="utf-8", check=False, timeout=300)
+
+    def build(self, recipe: str = "recipe.toml", **options: Any) -> Report:
+        """Build in this process."""
+        said = {"store": self.path / "cache", "out": self.path / "out", "jobs": 2} | options
+        return build(self.path / recipe, Options(**said), Silent())
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        """Read a published artifact with the safetensors library."""
+        return load_file(self.path / "out" / f"{name}.safetensors")
+
+    def reports(self, *args: str, **options: Any) -> list[dict[str, Any]]:
+        """Run the command with `--json`, and return its artifacts."""
+        run = self.sdbuild(*args, "--json", **options)
+        assert run.returncode == 0, run.stderr + run.stdout
+        return json.loads(run.stdout)["reports"][0]["artifacts"]
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Space:
+    """Provide an empty scratch project."""
+    return Space(tmp_path)
+
+
+def states(report: Report) -> dict[str, str]:
+    """Say what became of each artifact."""
+    return {wish.step.name: wish.state.value for wish in report.wishes}
+
+
+def digests(report: Report) -> dict[str, str]:
+    """Say what each artifact's file is."""
+    return {wish.step.name: wish.stored.sha256 for wish in report.wishes if wish.stored}
