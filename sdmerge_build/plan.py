@@ -53,12 +53,17 @@ class Plan:
     wanted: tuple[str, ...]  # artifacts asked for, in recipe order
 
     def ancestors(self, name: str) -> list[str]:
-        """List the steps and sources a step stands on, and itself, parents first."""
-        found: set[str] = {name}
-        for step in reversed(list(self.steps.values())):
-            if step.name in found:
-                found.update(step.inputs)
-        return [n for n in (*self.sources, *self.steps) if n in found]
+        """List what a step stands on, and itself, parents first, in the order steps name them: the order of the file does not count."""
+        found: dict[str, None] = {}
+        stack = [name]
+        while stack:
+            here = stack[-1]
+            inputs = self.steps[here].inputs if here in self.steps else ()
+            if here in found or not (lacking := [i for i in inputs if i not in found]):
+                found[stack.pop()] = None
+            else:
+                stack += reversed(lacking)
+        return list(found)
 
 
 def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
