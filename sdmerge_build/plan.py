@@ -237,9 +237,9 @@ class _StepReader:
             raise RatioError("must be a list of components or globs")
         components = self.architecture.components
         for item in items:
-            if item not in components and not set(item) & set("*?[."):
+            if components and item not in components and not set(item) & set("*?[."):
                 message = f"names `{item}`, which is neither a component of {self.architecture.title} nor a glob"
-                raise RatioError(message, nearest(item, components) or f"components are {', '.join(components) or 'not known here'}")
+                raise RatioError(message, nearest(item, components) or f"components are {', '.join(components)}")
         return tuple(sorted(set(items)))
 
 
