@@ -5,7 +5,7 @@ Has never heard of files, headers or keys; it knows only what the recipe says. T
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from sdmerge_build.formula import FormulaError, evaluate, names_in, parse_formul
 from sdmerge_build.methods import REQUIRED, Method, Parameter, methods
 from sdmerge_build.ratio import RatioError, read_ratio
 from sdmerge_build.recipe import Recipe, SourceTable, StepTable
+from sdmerge_build.sources import UriError, page_of
 
 __all__ = ["Plan", "Step", "plan_recipe"]
 
@@ -79,14 +80,16 @@ def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
         raise RecipeError(Issue(where=recipe.where("architecture"), what=what, hint=hint))
     reader = _StepReader(recipe, architecture_named(table.architecture), issues)
     calls = {name: reader.call(name, step) for name, step in table.step.items()}
-    issues += _sources_that_cannot_be_found(recipe)
+    issues += _bad_sources(recipe)
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(calls)
     graph.add_edges_from((i, name) for name, call in calls.items() if call for i in call.inputs if i in calls)
     issues += _cycles(recipe, graph)
     artifacts = [n for n in calls if _is_artifact(table.step[n].artifact, table.defaults.artifact, is_used=bool(graph.out_degree(n)))]
     if not artifacts and not issues:
-        issues.append(Issue(where=recipe.where("step"), what="no step is an artifact, so there is nothing to build", hint="write `artifact = true` in one"))
+        issues.append(
+            Issue(where=recipe.where("step"), what="no step is an artifact, so there is nothing to build", hint="write `artifact = true` in one")
+        )
     issues += _bad_wishes(recipe, only, artifacts)
     if issues:
         raise RecipeError(*in_file_order(issues))
@@ -243,16 +246,17 @@ class _StepReader:
         return tuple(sorted(set(items)))
 
 
-def _sources_that_cannot_be_found(recipe: Recipe) -> list[Issue]:
-    return [
-        Issue(
-            where=recipe.where("source", name),
-            what=f"source `{name}` says nothing that it could be found by",
-            hint="write its `path`, or its `filename`, `sha256` or `uri`",
-        )
-        for name, source in recipe.table.source.items()
-        if not (source.path or source.filename or source.sha256 or source.blake3 or source.uri)
-    ]
+def _bad_sources(recipe: Recipe) -> Iterator[Issue]:
+    """Find sources that say nothing they could be found by, or an address nobody can read."""
+    for name, source in recipe.table.source.items():
+        if not (source.path or source.filename or source.sha256 or source.blake3 or source.uri):
+            what = f"source `{name}` says nothing that it could be found by"
+            yield Issue(where=recipe.where("source", name), what=what, hint="write its `path`, or its `filename`, `sha256` or `uri`")
+        try:
+            page_of(source.uri or "https://none")
+        except UriError as error:
+            hint = "write https://…, civitai:MODEL@VERSION, hf:OWNER/REPO/FILE@REVISION or recipe:OTHER.toml#STEP"
+            yield Issue(where=recipe.where("source", name, "uri"), what=f"source `{name}`: {error}", hint=hint)
 
 
 def _cycles(recipe: Recipe, graph: nx.DiGraph[str]) -> list[Issue]:
