@@ -100,12 +100,20 @@ def _print(file: Path, facts: Mapping[str, Any]) -> None:
     for entry in _entries(facts["lineage"], "sources"):
         click.echo(f"source  {entry.get('name')}  {entry.get('license', 'licence not said')}  sha256 {entry.get('sha256', 'not pinned')}")
     for entry in _entries(facts["lineage"], "steps"):
-        facts_of_step = entry.get("facts")
-        said = facts_of_step if isinstance(facts_of_step, dict) else {}
-        params = ", ".join(f"{key.removeprefix('param.')} = {value}" for key, value in said.items() if key.startswith("param."))
-        click.echo(f"step    {entry.get('name')}  {said.get('method')}  {_printable(params)}")
+        click.echo(f"step    {entry.get('name')}  {_described(entry)}")
     for sha256, entry in facts["claimed"].items():
         click.echo(f"claimed {_printable(entry['name'])}  sha256 {sha256}  (the word of whoever made the file)")
+
+
+def _described(entry: Mapping[str, Any]) -> str:
+    """Say what a step of a lineage did, with the names of its inputs in its formula."""
+    facts, inputs = entry.get("facts"), entry.get("inputs")
+    if not isinstance(facts, dict) or not isinstance(inputs, dict):
+        return "(not readable)"
+    params = ", ".join(f"{key.removeprefix('param.')} = {value}" for key, value in facts.items() if key.startswith("param."))
+    for role, name in inputs.items():
+        params = params.replace(f"[{role}]", str(name))
+    return _printable(f"{facts.get('method')}  {params}")
 
 
 def _entries(lineage: Any, kind: str) -> list[dict[str, Any]]:

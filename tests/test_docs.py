@@ -1,0 +1,181 @@
+"""README and help texts, executed: every command shown is run, every method and option is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import checkpoints
+import jsonschema
+import pytest
+from conftest import Space
+
+from sdmerge_build.cli import sdbuild
+from sdmerge_build.cli.methods import signature
+from sdmerge_build.methods import methods
+from sdmerge_build.plan import plan_recipe
+from sdmerge_build.recipe import Defaults, SourceTable, StepTable, read_recipe
+from sdmerge_build.schema import SCHEMA_FILE, recipe_schema, schema_text
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+SESSIONS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+
+
+def expected(shown: str) -> str:
+    """Turn what README shows into a pattern: seconds vary, and `…` stands for anything."""
+    pattern = re.escape(shown).replace(re.escape("…"), ".*")
+    return re.sub(r"in\\ \d+\\\.\d\\ s", r"in \\d+\\.\\d s", pattern)
+
+
+def test_the_commands_shown_in_readme_do_what_it_shows(space: Space):
+    """README's sessions, run one after the other in a folder with the recipes, print what README says they print.
+    """
+    shutil.copytree(ROOT / "recipes", space.path / "recipes")
+    for session in SESSIONS:
+        for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", session, re.MULTILINE):
+            arguments = shlex.split(command)
+            if arguments[0] == "sdbuild":
+                arguments = [sys.executable, "-m", "sdmerge_build", *arguments[1:]]
+            run = subprocess.run(arguments, cwd=space.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", check=True)
+
+            assert re.fullmatch(expected(shown), run.stdout, re.DOTALL), f"{command} printed:\n{run.stdout}"
+
+
+@pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", README, re.DOTALL), ids=lambda block: block.split("\n")[0][:30])
+def test_every_recipe_fragment_in_readme_is_read(space: Space, block):
+    """Whole recipes and fragments shown in README are accepted as they are.
+    """
+    if not block.startswith("recipe"):
+        names = {"A", "B", "C", "viewer-mix", "MeinaPastel"}
+        sources = "".join(f'[source.{name}]\npath = "{name}.safetensors"\n' for name in sorted(names))
+        block = f'[step.shown]\nmethod = "weighted_sum"\na = "A"\nb = "B"\n{block}' if block.startswith("alpha") else block
+        block = f'recipe = 1\narchitecture = "sd1"\n{sources}{block}'
+
+    assert plan_recipe(read_recipe(space.write("shown.toml", block))).wanted
+
+
+def test_the_table_of_methods_is_that_of_the_program():
+    """README's table holds every method with its fields and the first line of its docstring.
+    """
+    table = README.partition("<!-- methods: checked by a test -->\n")[2].partition("\n\n")[0]
+    rows = ["| Method | Fields | Does |", "|---|---|---|"]
+    for method in methods().values():
+        fields = ", ".join(f"`{field}`" for field in [*(method.models or ("models",)), *method.parameters])
+        rows.append(f"| `{method.name}` | {fields} | {method.title} |")
+
+    assert table.splitlines() == rows
+
+
+def test_every_field_and_option_is_documented():
+    """What README does not mention does not exist.
+    """
+    fields = {*SourceTable.model_fields, *Defaults.model_fields, *StepTable.model_fields, "matrix"}
+    options = {
+        option for command in sdbuild.commands.values() for parameter in command.params for option in parameter.opts if option.startswith("--")
+    }
+    missing = [word for word in sorted(fields | options) if f"`{word}" not in README and f"{word} " not in README]
+
+    assert missing == []
+
+
+def test_every_command_and_option_has_help(space: Space):
+    """Each command's help says what it is for, and each option's what it does.
+    """
+    for name, command in sdbuild.commands.items():
+        run = space.sdbuild(name, "--help")
+        assert run.returncode == 0
+        assert command.help
+        assert command.help.split("\n\n")[0].split() == run.stdout.split("\n\n")[1].split()
+        assert all(getattr(parameter, "help", None) for parameter in command.params if parameter.param_type_name == "option")
+
+
+def test_methods_lists_and_describes(space: Space):
+    """`sdbuild methods` prints every signature, and one method's parameters on request.
+    """
+    listed = space.sdbuild("methods").stdout
+    described = space.sdbuild("methods", "weighted_sum").stdout
+
+    assert all(signature(method) in listed and method.title in listed for method in methods().values())
+    assert "alpha    a number, or a table over blocks and tensor names; 0.5 unless said" in described
+    assert space.sdbuild("methods", "wieghted_sum").stderr == "error: there is no method `wieghted_sum`\n\nhint: did you mean `weighted_sum`?\n"
+
+
+def test_the_schema_is_that_of_the_models():
+    """recipe.schema.json is what the models that read recipes say; `python -m sdmerge_build.schema` writes it.
+    """
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_schema_accepts_every_recipe(path):
+    """Editors find nothing wrong with the recipes that come with the project.
+    """
+    jsonschema.validate(tomllib.loads(path.read_text(encoding="utf-8")), recipe_schema())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("formula", "formulla"),
+        ('architecture = "sd1"', 'architecture = "sd9"'),
+        ("recipe = 1", "recipe = 2"),
+        ("size     =", "sise     ="),
+        ("alpha = 0.65", "alpha = true"),
+    ],
+)
+def test_the_schema_refuses_what_the_program_refuses(space: Space, old, new):
+    """A mistake that sdbuild reports is one that editors underline.
+    """
+    text = (ROOT / "recipes" / "estrilda.toml").read_text(encoding="utf-8").replace(old, new)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(tomllib.loads(text), recipe_schema())
+
+    assert space.sdbuild(space.write("bad.toml", text)).returncode == 2
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_rehearsed_twice(space: Space, path):
+    """Each recipe of the project is built on stand-ins, and the second time there is nothing to do.
+    """
+    first = space.reports(str(path), "--rehearse")
+    second = space.sdbuild(path, "--rehearse")
+
+    assert {artifact["state"] for artifact in first} == {"built"}
+    assert "nothing to do" in second.stdout
+    for artifact in first:
+        text = Path(space.path, artifact["manifest"]).read_text(encoding="utf-8")
+        assert tomllib.loads(text)["artifact"]["rehearsal"] == "tiny"
+
+
+def test_inspect_shows_what_a_file_is(space: Space):
+    """`sdbuild inspect` reads any checkpoint, and says the digests that other tools know it by.
+    """
+    import hashlib
+
+    path = space.checkpoint("A", checkpoints.miniature("sdxl", "A", every=30), {"format": "pt", "modelspec.title": "A \x1b[31mred\x1b[0m title"})
+    facts = json.loads(space.sdbuild("inspect", path, "--json").stdout)
+    shown = space.sdbuild("inspect", path).stdout
+
+    assert (facts["architecture"], facts["sha256"]) == ("sdxl", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert facts["tensors"] == sum(part["tensors"] for part in facts["components"].values())
+    assert "\x1b" not in shown
+    assert facts["sha256"][:10] in shown
+
+
+def test_inspect_shows_the_lineage_that_sdbuild_wrote(space: Space):
+    """An artifact inspected by itself tells its sources and steps.
+    """
+    space.pair()
+    space.build()
+    shown = space.sdbuild("inspect", "out/mix.safetensors").stdout
+
+    assert "source  A  licence not said" in shown
+    assert "step    mix  formula@1  formula = 0.3 * A + 0.7 * B" in shown
