@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoints
 from sdmerge_build.build import Report, build
 from sdmerge_build.events import Silent
 from sdmerge_build.prepare import Options

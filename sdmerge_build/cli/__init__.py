@@ -67,9 +67,7 @@ def main() -> NoReturn:
         sys.stderr.flush()
     except BrokenPipeError:
         code = code or 1
-    if "torch" in sys.modules:
-        os._exit(code)  # everything is on disk and closed; taking torch apart would cost a third of a second
-    sys.exit(code)
+    os._exit(code)  # all is on disk and closed; taking torch apart would cost a third of a second, networkx a tenth of doing nothing
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
