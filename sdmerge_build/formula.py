@@ -17,6 +17,7 @@ __all__ = ["Expression", "FormulaError", "evaluate", "names_in", "parse_formula"
 
 MAX_LENGTH = 10_000
 MAX_DEPTH = 64
+MAX_NAME = 128
 MIN_FACTOR = Fraction(1, 10**30)
 
 _RUN = re.compile(r"[A-Za-z0-9._-]+")
@@ -126,6 +127,7 @@ def _text(token: Token | None) -> str:
 
 
 def _tokens(text: str, known: Collection[str]) -> Iterator[Token]:
+    known = frozenset(known)
     at = 0
     while at < len(text):
         sign = text[at]
@@ -147,7 +149,7 @@ def _longest(run: str, known: Collection[str]) -> Token:
     """Split the first token off a run of letters, digits, dots and dashes: the longest known name, a number, or a minus."""
     number = _NUMBER.match(run)
     numeric = number[0] if number and run[len(number[0]) : len(number[0]) + 1] in {"", "-"} else ""
-    for end in range(len(run), len(numeric), -1):
+    for end in range(min(len(run), MAX_NAME), len(numeric), -1):
         if run[:end] in known and run[end : end + 1] in {"", "-"}:
             return "name", run[:end]
     if numeric in known:

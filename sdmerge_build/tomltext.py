@@ -6,6 +6,7 @@ Limits and traps: tomllib accepts `nan` and `1e999`, and needs seconds or a deep
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import tomllib
@@ -22,8 +23,6 @@ MAX_NESTING = 32
 MAX_DOTS = 16
 Address = tuple[str | int, ...]
 
-_STRING = re.compile(r'"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL)
-_COMMENT = re.compile(r"#.*")
 _HEADER = re.compile(r"\s*(\[{1,2}[^\[\]]+\]{1,2})\s*(?:#.*)?$")
 _FIELD = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"\\]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"\\]*"|'[^']*'))*)\s*=""")
 
@@ -33,14 +32,20 @@ class Lines:
 
     def __init__(self, path: Path, text: str) -> None:
         self._path = path
-        self._lines: dict[Address, int] = {}
+        self._text = text
+
+    @functools.cached_property
+    def _lines(self) -> dict[Address, int]:
+        """Find every table and field; only when a message needs it."""
+        lines: dict[Address, int] = {}
         table: Address = ()
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(self._text.splitlines(), 1):
             if header := _HEADER.match(line):
                 table = _address(header[1]) or table
-                self._lines.setdefault(table, number)
+                lines.setdefault(table, number)
             elif field := _FIELD.match(line):
-                self._lines.setdefault(table + _address(f"{field[1]} = 0"), number)
+                lines.setdefault(table + _address(f"{field[1]} = 0"), number)
+        return lines
 
     def where(self, *address: str | int) -> str:
         """Name the file and the line of a table or field, or of the nearest thing around it."""
@@ -54,11 +59,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Lines]:
     """Read a TOML file of at most 1 MiB; anything wrong with its text is one `RecipeError` that names the place."""
     text = _read_text(path)
     where = str(path)
-    bare = _COMMENT.sub("", _STRING.sub('""', text))
-    if _nesting(bare) > MAX_NESTING:
-        raise RecipeError(Issue(where=where, what=f"brackets are nested more than {MAX_NESTING} deep"))
-    if re.search(rf"(?:[^\s.=]+\s*\.\s*){{{MAX_DOTS},}}", bare):
-        raise RecipeError(Issue(where=where, what=f"a dotted name has more than {MAX_DOTS} parts"))
+    if complaint := _too_deep(text):
+        raise RecipeError(Issue(where=where, what=complaint))
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -92,12 +94,43 @@ def _read_text(path: Path) -> str:
         raise RecipeError(Issue(where=where, what=f"is not UTF-8 text: {error.reason} at byte {error.start}")) from error
 
 
-def _nesting(text: str) -> int:
-    depth = deepest = 0
-    for bracket in re.findall(r"[\[\]{}]", text):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
+def _too_deep(text: str) -> str:
+    """Walk the text once, past strings and comments, and say which limit it breaks. A pattern would be shorter, and quadratic on hostile text."""
+    depth = dots = at = 0
+    while at < len(text):
+        sign = text[at]
+        if sign in "\"'":
+            at = _end_of_string(text, at)
+        elif sign == "#":
+            at = min(end for end in (text.find("\n", at), len(text)) if end >= 0)
+            continue
+        elif sign in "[]{}":
+            depth += 1 if sign in "[{" else -1
+            dots = 0
+        elif sign in "=,\n":
+            dots = 0
+        elif sign == ".":
+            dots += 1
+        if depth > MAX_NESTING:
+            return f"brackets are nested more than {MAX_NESTING} deep"
+        if dots >= MAX_DOTS:
+            return f"a dotted name has more than {MAX_DOTS} parts"
+        at += 1
+    return ""
+
+
+def _end_of_string(text: str, start: int) -> int:
+    """Return the position of the last sign of the string that begins at `start`; the text's end when it is never closed."""
+    mark = text[start] * 3 if text.startswith(text[start] * 3, start) else text[start]
+    at = start + len(mark)
+    while (at := text.find(mark, at)) >= 0:
+        before = at
+        while mark[0] == '"' and text[before - 1] == "\\":
+            before -= 1
+        if (at - before) % 2 == 0:
+            return at + len(mark) - 1
+        at += 1
+    return len(text)
 
 
 def _numbers(value: Any, address: Address = ()) -> Iterator[tuple[Address, float]]:
