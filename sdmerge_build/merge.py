@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +18,7 @@ import torch
 
 from sdmerge_build.dtypes import ITEMSIZE
 from sdmerge_build.errors import IntegrityError, Issue, SdbuildError
-from sdmerge_build.passes import SLICE, Apply, Batch, Load, Pass, Program, Round, Slice
+from sdmerge_build.passes import Apply, Batch, Load, Pass, Program, Round, Slice
 from sdmerge_build.writer import Buffers, Writer, Written
 
 __all__ = ["rounded", "run"]
@@ -115,11 +115,10 @@ class _Walker:
             with contextlib.ExitStack() as stack, torch.inference_mode():
                 files = [stack.enter_context(leaf.path.open("rb", buffering=0)) for leaf in self._walk.leaves]
                 outputs = self._writer.handles(stack)
-                memory: list[bytearray] = []
                 while taken := self._take():
                     batch, buffers = taken
                     for piece in batch.slices:
-                        self._evaluate(piece, files, memory, buffers)
+                        self._evaluate(piece, files, buffers)
                     self._writer.write(outputs, buffers)
                     self._writer.done(buffers)
                     self._advanced(sum(length for _, length in batch.regions))
@@ -136,31 +135,32 @@ class _Walker:
             buffers.index, buffers.regions = index, batch.regions
             return batch, buffers
 
-    def _evaluate(self, piece: Slice, files: Sequence[BinaryIO], memory: list[bytearray], buffers: Buffers) -> None:
+    def _evaluate(self, piece: Slice, files: Sequence[BinaryIO], buffers: Buffers) -> None:
         """Evaluate a program on one slice, and put what it emits into the batch's buffers."""
         program = self._walk.programs[piece.program]
         targets = [self._target(program, emit.output, emit.start, piece, buffers) for emit in program.emits]
         first_use = {emit.value: target for emit, target in zip(reversed(program.emits), reversed(targets), strict=True)}
-        values: list[torch.Tensor] = []
+        values: dict[int, torch.Tensor] = {}
         wide: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         for n, value in enumerate(program.values):
             match value:
-                case Load(leaf, start, dtype):
-                    if len(memory) <= n:
-                        memory += [bytearray(SLICE * 8) for _ in range(n + 1 - len(memory))]
-                    values.append(_read(files[leaf], start, dtype, piece, memory[n]))
+                case Load():
+                    values[n] = _read(files, value, piece)
                 case Round(arg, dtype):
-                    values.append(rounded(values[arg], TORCH[dtype]) if dtype in TORCH else values[arg])
+                    values[n] = rounded(values[arg], TORCH[dtype]) if dtype in TORCH else values[arg]
                 case Apply(function, args, params, compute, dtype):
                     models = [None if a is None else _widened(a, values, compute, wide) for a in args]
                     result = function(*models, **params)
                     target = first_use.get(n)
-                    values.append(rounded(result, TORCH[dtype]) if target is None else _put(result, target))
+                    values[n] = rounded(result, TORCH[dtype]) if target is None else _put(result, target)
+            for dead in program.last_used[n]:
+                del values[dead]
+                wide = {key: tensor for key, tensor in wide.items() if key[0] != dead}
         for emit, target in zip(program.emits, targets, strict=True):
             if target is not values[emit.value]:
                 target.copy_(values[emit.value])
             if self._walk.outputs[emit.output].nonfinite == "error" and not _is_finite(target):
-                self._refuse(emit.output, program, values)
+                self._refuse(emit.output, program, piece, files)
 
     def _target(self, program: Program, output: int, start: int, piece: Slice, buffers: Buffers) -> torch.Tensor:
         """Return the memory that a slice of an output goes to, as a tensor."""
@@ -168,13 +168,13 @@ class _Walker:
         begin = start + piece.start * ITEMSIZE[dtype] - buffers.regions[output][0]
         return _tensor(buffers.views[output][begin : begin + piece.count * ITEMSIZE[dtype]], dtype)
 
-    def _refuse(self, output: int, program: Program, values: Sequence[torch.Tensor]) -> None:
-        """Say which tensor is not finite, and whose fault that is; alone concerned, the output is given up and the rest goes on."""
+    def _refuse(self, output: int, program: Program, piece: Slice, files: Sequence[BinaryIO]) -> None:
+        """Say which tensor is not finite, and whose fault that is; told to keep going, give up this output alone."""
+        if output in self.failures:
+            return
         name = self._walk.outputs[output].name
         culprits = [
-            self._walk.leaves[value.leaf].name
-            for value, tensor in zip(program.values, values, strict=True)
-            if isinstance(value, Load) and not _is_finite(tensor)
+            self._walk.leaves[value.leaf].name for value in program.values if isinstance(value, Load) and not _is_finite(_read(files, value, piece))
         ]
         dtype = self._dtypes[output][program.tensor]
         if culprits:
@@ -186,30 +186,32 @@ class _Walker:
         error = SdbuildError(Issue(what=what, hint=hint))
         with self._lock:
             self.failures.setdefault(output, error)
-        if not self._keep_going or len(self.failures) == len(self._walk.outputs):
+        if not self._keep_going:
             raise error
 
 
-def _tensor(data: memoryview | bytearray, dtype: str) -> torch.Tensor:
+def _tensor(data: memoryview, dtype: str) -> torch.Tensor:
     """See bytes as a flat tensor; dtypes that are only moved are seen as bytes."""
     return torch.frombuffer(data, dtype=TORCH.get(dtype, torch.uint8))
 
 
-def _read(file: BinaryIO, start: int, dtype: str, piece: Slice, memory: bytearray) -> torch.Tensor:
-    """Read a slice of a stored tensor into reused memory."""
-    width = ITEMSIZE[dtype]
-    view = memoryview(memory)[: piece.count * width]
-    file.seek(start + piece.start * width)
+def _read(files: Sequence[BinaryIO], value: Load, piece: Slice) -> torch.Tensor:
+    """Read a slice of a stored tensor."""
+    file, width = files[value.leaf], ITEMSIZE[value.dtype]
+    torch_dtype = TORCH.get(value.dtype, torch.uint8)
+    tensor = torch.empty(piece.count * width // torch_dtype.itemsize, dtype=torch_dtype)
+    view = memoryview((ctypes.c_ubyte * (piece.count * width)).from_address(tensor.data_ptr())).cast("B")
+    file.seek(value.start + piece.start * width)
     have = 0
     while have < len(view):
         count = file.readinto(view[have:])  # type: ignore[attr-defined]  # raw files have it
         if not count:
             raise IntegrityError(Issue(where=str(file.name), what="the file became shorter while it was being read"))
         have += count
-    return _tensor(view, dtype)
+    return tensor
 
 
-def _widened(arg: int, values: Sequence[torch.Tensor], compute: str, wide: dict[tuple[int, torch.dtype], torch.Tensor]) -> torch.Tensor:
+def _widened(arg: int, values: Mapping[int, torch.Tensor], compute: str, wide: dict[tuple[int, torch.dtype], torch.Tensor]) -> torch.Tensor:
     """Give a value the dtype that arithmetic is done in; converted once for all who use it."""
     value = values[arg]
     dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(compute, value.dtype)

@@ -21,6 +21,9 @@ __all__ = ["Apply", "Batch", "Emit", "Leaf", "Load", "Output", "Pass", "Program"
 SLICE = 128 << 10
 """Elements evaluated at once. Measured: a third of this is slower for Python's overhead, eight times this for missing the cache."""
 
+_USUALLY_ALIVE = 8
+"""Values of a program that may be alive at once before slices shrink."""
+
 BATCH = 1 << 20
 """Elements that are written and hashed at once, per artifact."""
 
@@ -88,6 +91,18 @@ class Program:
     numel: int
     values: tuple[Load | Apply | Round, ...]
     emits: tuple[Emit, ...]
+    last_used: tuple[tuple[int, ...], ...]
+    """For each value, the earlier ones that nothing needs any more once it is made."""
+
+    @property
+    def slice_size(self) -> int:
+        """Return how many elements to evaluate at once: fewer where many values are alive, so that memory does not grow with them."""
+        alive = most = 0
+        for dead in self.last_used:
+            alive += 1
+            most = max(most, alive)
+            alive -= len(dead)
+        return max(8, SLICE * _USUALLY_ALIVE // max(_USUALLY_ALIVE, most) // 8 * 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +216,7 @@ class _Compiler:
             if spec := specs.get(tensor):
                 numel = spec.numel
                 emits.append(Emit(n, self._value(name, tensor, values, made), spec.offset))
-        return Program(tensor, numel, tuple(values), tuple(emits))
+        return Program(tensor, numel, tuple(values), tuple(emits), _last_used(values, emits))
 
     def _value(self, wanted: str, tensor: str, values: list[Load | Apply | Round], made: dict[str, int]) -> int:
         """Append whatever it takes to make one tensor of a source or step, and return its position. Deep chains need no deep stack."""
@@ -247,6 +262,17 @@ class _Compiler:
         return Apply(step.method.function, args, operation.params, step.compute, operation.dtype)
 
 
+def _last_used(values: Sequence[Load | Apply | Round], emits: Sequence[Emit]) -> tuple[tuple[int, ...], ...]:
+    """Find for each value which earlier ones it is the last to need; what is emitted is needed to the end."""
+    needed = {emit.value for emit in emits}
+    dead: list[tuple[int, ...]] = []
+    for value in reversed(values):
+        args = {value.arg} if isinstance(value, Round) else {a for a in value.args if a is not None} if isinstance(value, Apply) else set()
+        dead.append(tuple(sorted(args - needed)))
+        needed |= args
+    return tuple(reversed(dead))
+
+
 def _batches(programs: Sequence[Program], outputs: Sequence[Output]) -> Iterator[Batch]:
     """Cut the walk into batches, each of which fills one contiguous region of every output."""
     sizes = [{spec.name: ITEMSIZE[spec.dtype] for spec in output.layout.specs} for output in outputs]
@@ -257,8 +283,9 @@ def _batches(programs: Sequence[Program], outputs: Sequence[Output]) -> Iterator
         if slices and program.numel % 8 and not programs[n - 1].numel % 8:  # ragged tensors may have to be in one batch
             yield Batch(tuple(slices), tuple(_regions(slices, programs, sizes)))
             slices, elements = [], 0
+        size = program.slice_size
         while start < program.numel:
-            count = min(SLICE, program.numel - start, BATCH - elements)
+            count = min(size, program.numel - start, BATCH - elements)
             slices.append(Slice(n, start, count))
             start += count
             elements += count

@@ -121,8 +121,12 @@ class Writer:
         self._flusher = threading.Thread(target=self._flush, daemon=True)
 
     def __enter__(self) -> Self:
-        for file in self._files:
-            file.start()
+        try:
+            for file in self._files:
+                file.start()
+        except BaseException:
+            self._close()
+            raise
         for thread in (*self._hashers, self._flusher):
             thread.start()
         return self
@@ -132,8 +136,10 @@ class Writer:
         for file in self._files:
             file.arrivals.put(None)
         for thread in (*self._hashers, self._flusher):
-            if thread.ident:
-                thread.join()
+            thread.join()
+        self._close()
+
+    def _close(self) -> None:
         for file in self._files:
             file.handle.close()
 

@@ -139,3 +139,35 @@ def test_a_chain_of_a_thousand_steps_is_evaluated_without_recursion(space: Space
         expected = expected * 0.5 + b * 0.5
 
     assert torch.equal(space.load("s999")["w"], expected.half())
+
+
+def compiled(space: Space, monkeypatch: pytest.MonkeyPatch, steps: str, models: int) -> passes.Program:
+    """Build one tensor of some step over many models, and return its program."""
+    for n in range(models):
+        space.checkpoint(f"m{n}", {"w": checkpoints.numbers(str(n), "w", (64, 64))})
+    sources = "".join(f'[source.m{n}]\npath = "m{n}.safetensors"\n' for n in range(models))
+    space.write("recipe.toml", f'recipe = 1\narchitecture = "generic"\n{sources}{steps}')
+    _, [walk] = built_with(space, monkeypatch, 1 << 20, 1 << 22)
+    return walk.programs[0]
+
+
+def test_memory_does_not_grow_with_the_length_of_a_chain(space: Space, monkeypatch):
+    """
+    Values are let go when nothing needs them any more, so a long chain is evaluated in slices of the usual size.
+    """
+    steps = "\n".join(f'[step.s{n}]\nformula = "0.5 * {"m0" if n == 0 else f"s{n - 1}"} + 0.5 * m1"' for n in range(100))
+    program = compiled(space, monkeypatch, steps, 2)
+
+    assert len(program.values) == 102
+    assert program.slice_size == 1 << 20
+
+
+def test_memory_does_not_grow_with_the_number_of_models(space: Space, monkeypatch):
+    """
+    A step that needs many models at once is evaluated in smaller slices.
+    """
+    names = ", ".join(f'"m{n}"' for n in range(40))
+    program = compiled(space, monkeypatch, f'[step.all]\nmethod = "linear"\nmodels = [{names}]\nweights = [{", ".join(["0.025"] * 40)}]\n', 40)
+
+    assert program.slice_size * 41 <= (1 << 20) * 8
+    assert space.load("all")["w"].isfinite().all()

@@ -59,8 +59,9 @@ def main() -> NoReturn:
     7 the disk is full, 130 interrupted.
     """
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _interrupt)
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # who was told to ignore hang-ups, does
+            signal.signal(number, _interrupt)
     code = _run(sys.argv[1:])
     try:
         sys.stdout.flush()
