@@ -116,6 +116,14 @@ def measure(program: Program, folder: Path) -> tuple[float, float]:
     return seconds, usage.ru_maxrss * 1024
 
 
+def rotated(programs: list[Program], n: int) -> list[Program]:
+    """Begin each round with another program; those of sdbuild stay in order, as each begins where the one before it ended."""
+    others = [program for program in programs if not program.name.startswith("sdbuild")]
+    sdbuild = [program for program in programs if program.name.startswith("sdbuild")]
+    turn = n % (len(others) or 1)
+    return [*others[turn:], *sdbuild, *others[:turn]]
+
+
 def table(results: dict[str, list[tuple[float, float]]]) -> str:
     """Write the medians, and each time as a multiple of the two baselines'."""
     seconds = {name: statistics.median(s for s, _ in runs) for name, runs in results.items()}
@@ -149,9 +157,12 @@ def main() -> None:
             with path.open("rb") as file:
                 while file.read(1 << 24):  # into the page cache, for all alike
                     pass
-        for _ in range(options.rounds):
-            for program in programs:
-                results[program.name].append(measure(program, folder))
+        for n in range(options.rounds + 1):
+            for program in rotated(programs, n):
+                result = measure(program, folder)
+                if n:  # the first round warms the machine up and is not counted
+                    results[program.name].append(result)
+        results = {program.name: results[program.name] for program in programs}
         bench.clear()
     print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {architecture}\n")
     print(table(results))
