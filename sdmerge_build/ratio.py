@@ -83,10 +83,15 @@ def read_ratio(value: Any, architecture: Architecture) -> Ratio:
 
 
 def _number(value: Any, what: str) -> float:
-    if type(value) not in {int, float} or not math.isfinite(value):
-        message = f"has {value!r} as {what}, which is not a finite number"
+    """Read a finite number; the two zeros are one."""
+    try:
+        number = float(value) if type(value) in {int, float} else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        message = f"has {str(value)[:40]!r} as {what}, which is not a finite number"
         raise RatioError(message)
-    return float(value)
+    return number + 0.0
 
 
 def _read_mbw(text: Any, base: float | None, architecture: Architecture) -> dict[str, float]:

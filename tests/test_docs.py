@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -36,8 +38,7 @@ def expected(shown: str) -> str:
 
 
 def test_the_commands_shown_in_readme_do_what_it_shows(space: Space):
-    """README's sessions, run one after the other in a folder with the recipes, print what README says they print.
-    """
+    """README's sessions, run one after the other in a folder with the recipes, print what README says they print."""
     shutil.copytree(ROOT / "recipes", space.path / "recipes")
     for session in SESSIONS:
         for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", session, re.MULTILINE):
@@ -51,8 +52,7 @@ def test_the_commands_shown_in_readme_do_what_it_shows(space: Space):
 
 @pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", README, re.DOTALL), ids=lambda block: block.split("\n")[0][:30])
 def test_every_recipe_fragment_in_readme_is_read(space: Space, block):
-    """Whole recipes and fragments shown in README are accepted as they are.
-    """
+    """Whole recipes and fragments shown in README are accepted as they are."""
     if not block.startswith("recipe"):
         names = {"A", "B", "C", "viewer-mix", "MeinaPastel"}
         sources = "".join(f'[source.{name}]\npath = "{name}.safetensors"\n' for name in sorted(names))
@@ -63,8 +63,7 @@ def test_every_recipe_fragment_in_readme_is_read(space: Space, block):
 
 
 def test_the_table_of_methods_is_that_of_the_program():
-    """README's table holds every method with its fields and the first line of its docstring.
-    """
+    """README's table holds every method with its fields and the first line of its docstring."""
     table = README.partition("<!-- methods: checked by a test -->\n")[2].partition("\n\n")[0]
     rows = ["| Method | Fields | Does |", "|---|---|---|"]
     for method in methods().values():
@@ -75,8 +74,7 @@ def test_the_table_of_methods_is_that_of_the_program():
 
 
 def test_every_field_and_option_is_documented():
-    """What README does not mention does not exist.
-    """
+    """What README does not mention does not exist."""
     fields = {*SourceTable.model_fields, *Defaults.model_fields, *StepTable.model_fields, "matrix"}
     options = {
         option for command in sdbuild.commands.values() for parameter in command.params for option in parameter.opts if option.startswith("--")
@@ -87,8 +85,7 @@ def test_every_field_and_option_is_documented():
 
 
 def test_every_command_and_option_has_help(space: Space):
-    """Each command's help says what it is for, and each option's what it does.
-    """
+    """Each command's help says what it is for, and each option's what it does."""
     for name, command in sdbuild.commands.items():
         run = space.sdbuild(name, "--help")
         assert run.returncode == 0
@@ -97,9 +94,38 @@ def test_every_command_and_option_has_help(space: Space):
         assert all(getattr(parameter, "help", None) for parameter in command.params if parameter.param_type_name == "option")
 
 
-def test_methods_lists_and_describes(space: Space):
-    """`sdbuild methods` prints every signature, and one method's parameters on request.
+def test_the_way_to_build_with_owned_models_works(space: Space):
     """
+    README's lines for building with the models one has, run as they are, find the models and build.
+    """
+    [block] = [text for text in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "SDBUILD_MODELS" in text]
+    text = (ROOT / "recipes" / "estrilda.toml").read_text(encoding="utf-8")
+    for name, source in tomllib.loads(text)["source"].items():
+        folder = space.path / "stable-diffusion-webui" / "models" / "Stable-diffusion" / "mine"
+        data = checkpoints.write(folder / source["filename"], checkpoints.miniature("sd1", name, every=50)).read_bytes()
+        text = text.replace(str(source["size"]), str(len(data))).replace(source["sha256"], hashlib.sha256(data).hexdigest())
+    space.write("recipes/estrilda.toml", text)
+    env = os.environ | {"HOME": str(space.path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    run = subprocess.run(["bash", "-e", "-c", block], cwd=space.path, env=env, capture_output=True, text=True, check=False)
+
+    assert run.returncode == 0, run.stderr
+    assert sorted(path.name for path in (space.path / "out").glob("*.safetensors")) == [f"EstrildaMix{n}.safetensors" for n in ("", 2, 3)]
+
+
+def test_the_benchmark_runs(space: Space):
+    """
+    The benchmark's one command measures every program and checks what they made, tried here on tiny files.
+    """
+    assert "`python tests/bench/run.py`" in README
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "run.py"), "--size", "tiny", "--rounds", "1", "--folder", str(space.path)]
+    run = subprocess.run(command, cwd=space.path, capture_output=True, text=True, check=False)
+
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("| sdbuild, ") == 5
+
+
+def test_methods_lists_and_describes(space: Space):
+    """`sdbuild methods` prints every signature, and one method's parameters on request."""
     listed = space.sdbuild("methods").stdout
     described = space.sdbuild("methods", "weighted_sum").stdout
 
@@ -109,15 +135,13 @@ def test_methods_lists_and_describes(space: Space):
 
 
 def test_the_schema_is_that_of_the_models():
-    """recipe.schema.json is what the models that read recipes say; `python -m sdmerge_build.schema` writes it.
-    """
+    """recipe.schema.json is what the models that read recipes say; `python -m sdmerge_build.schema` writes it."""
     assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_schema_accepts_every_recipe(path):
-    """Editors find nothing wrong with the recipes that come with the project.
-    """
+    """Editors find nothing wrong with the recipes that come with the project."""
     jsonschema.validate(tomllib.loads(path.read_text(encoding="utf-8")), recipe_schema())
 
 
@@ -132,8 +156,7 @@ def test_the_schema_accepts_every_recipe(path):
     ],
 )
 def test_the_schema_refuses_what_the_program_refuses(space: Space, old, new):
-    """A mistake that sdbuild reports is one that editors underline.
-    """
+    """A mistake that sdbuild reports is one that editors underline."""
     text = (ROOT / "recipes" / "estrilda.toml").read_text(encoding="utf-8").replace(old, new)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(tomllib.loads(text), recipe_schema())
@@ -143,8 +166,7 @@ def test_the_schema_refuses_what_the_program_refuses(space: Space, old, new):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_can_be_rehearsed_twice(space: Space, path):
-    """Each recipe of the project is built on stand-ins, and the second time there is nothing to do.
-    """
+    """Each recipe of the project is built on stand-ins, and the second time there is nothing to do."""
     first = space.reports(str(path), "--rehearse")
     second = space.sdbuild(path, "--rehearse")
 
@@ -156,10 +178,7 @@ def test_every_recipe_can_be_rehearsed_twice(space: Space, path):
 
 
 def test_inspect_shows_what_a_file_is(space: Space):
-    """`sdbuild inspect` reads any checkpoint, and says the digests that other tools know it by.
-    """
-    import hashlib
-
+    """`sdbuild inspect` reads any checkpoint, and says the digests that other tools know it by."""
     path = space.checkpoint("A", checkpoints.miniature("sdxl", "A", every=30), {"format": "pt", "modelspec.title": "A \x1b[31mred\x1b[0m title"})
     facts = json.loads(space.sdbuild("inspect", path, "--json").stdout)
     shown = space.sdbuild("inspect", path).stdout
@@ -171,8 +190,7 @@ def test_inspect_shows_what_a_file_is(space: Space):
 
 
 def test_inspect_shows_the_lineage_that_sdbuild_wrote(space: Space):
-    """An artifact inspected by itself tells its sources and steps.
-    """
+    """An artifact inspected by itself tells its sources and steps."""
     space.pair()
     space.build()
     shown = space.sdbuild("inspect", "out/mix.safetensors").stdout

@@ -24,8 +24,7 @@ def stored_files(space: Space) -> list:
 
 
 def test_a_second_build_reuses_everything(space: Space):
-    """When every key is in the store, nothing is built and no byte is read.
-    """
+    """When every key is in the store, nothing is built and no byte is read."""
     space.pair(CHAIN)
     space.build()
     again = space.build()
@@ -35,8 +34,7 @@ def test_a_second_build_reuses_everything(space: Space):
 
 
 def test_only_what_stands_on_a_change_is_rebuilt(space: Space):
-    """A ratio inside a chain rebuilds the artifact above it, and says so; the other is reused.
-    """
+    """A ratio inside a chain rebuilds the artifact above it, and says so; the other is reused."""
     space.pair(CHAIN)
     space.build()
     space.edit("0.3 * A + 0.7 * B", "0.4 * A + 0.6 * B")
@@ -47,8 +45,7 @@ def test_only_what_stands_on_a_change_is_rebuilt(space: Space):
 
 
 def test_a_changed_source_is_the_reason(space: Space):
-    """New content in a source is named as the source's tensors.
-    """
+    """New content in a source is named as the source's tensors."""
     space.pair()
     space.build()
     space.checkpoint("B", checkpoints.miniature("sd1", "another", every=40))
@@ -66,8 +63,7 @@ def test_a_changed_source_is_the_reason(space: Space):
     ],
 )
 def test_what_is_not_in_the_bytes_is_not_in_the_key(space: Space, old, new):
-    """Comments, paths and spelling rebuild nothing.
-    """
+    """Comments, paths and spelling rebuild nothing."""
     space.pair()
     space.build()
     space.edit(old, new)
@@ -76,8 +72,7 @@ def test_what_is_not_in_the_bytes_is_not_in_the_key(space: Space, old, new):
 
 
 def test_a_new_title_is_re_emitted_without_merging(space: Space, monkeypatch):
-    """A title is in the header alone: the stored data is copied behind a new header.
-    """
+    """A title is in the header alone: the stored data is copied behind a new header."""
     space.pair()
     before = space.build()
     space.edit("[step.mix]", '[step.mix]\ntitle = "Estrilda, the third"')
@@ -92,8 +87,7 @@ def test_a_new_title_is_re_emitted_without_merging(space: Space, monkeypatch):
 
 
 def test_renaming_a_step_merges_nothing(space: Space, monkeypatch):
-    """A step's name is its title unless it says another, and no part of its tensors.
-    """
+    """A step's name is its title unless it says another, and no part of its tensors."""
     space.pair()
     space.build()
     space.edit("[step.mix]", "[step.blend]")
@@ -103,8 +97,7 @@ def test_renaming_a_step_merges_nothing(space: Space, monkeypatch):
 
 
 def test_a_parent_with_an_edited_header_merges_nothing(space: Space, monkeypatch):
-    """A parent that was downloaded again with another header has the same tensors; at most the header is written anew.
-    """
+    """A parent that was downloaded again with another header has the same tensors; at most the header is written anew."""
     space.pair()
     space.build()
     ancestors = json.dumps({"ab" * 32: {"name": "grandparent", "legacy_hash": None, "sd_merge_recipe": None}})
@@ -115,8 +108,7 @@ def test_a_parent_with_an_edited_header_merges_nothing(space: Space, monkeypatch
 
 
 def test_a_re_emitted_file_equals_one_merged_afresh(space: Space):
-    """The way a file came about does not show in its bytes.
-    """
+    """The way a file came about does not show in its bytes."""
     space.pair()
     space.build()
     space.edit("[step.mix]", '[step.mix]\ntitle = "T"')
@@ -125,8 +117,7 @@ def test_a_re_emitted_file_equals_one_merged_afresh(space: Space):
 
 
 def test_two_names_for_one_step_are_merged_once(space: Space):
-    """Steps with equal keys share one evaluation, and each has its own file.
-    """
+    """Steps with equal keys share one evaluation, and each has its own file."""
     space.pair(PAIR + '\n[step.twin]\nformula = "0.3 * A + 0.7 * B"\n')
     report = space.build()
 
@@ -136,8 +127,7 @@ def test_two_names_for_one_step_are_merged_once(space: Space):
 
 
 def test_intermediate_steps_never_touch_the_disk(space: Space):
-    """Only artifacts are in the store, and nothing partial is left.
-    """
+    """Only artifacts are in the store, and nothing partial is left."""
     space.pair(CHAIN)
     space.build()
 
@@ -146,8 +136,7 @@ def test_intermediate_steps_never_touch_the_disk(space: Space):
 
 
 def test_a_stored_artifact_is_a_parent_without_its_own_parents(space: Space):
-    """A step that stands on a stored artifact reads that, and not what it was made of.
-    """
+    """A step that stands on a stored artifact reads that, and not what it was made of."""
     space.pair(PAIR.replace("[step.mix]", "[step.mix]\nartifact = true") + '\n[step.outer]\nformula = "0.5 * mix + 0.5 * B"\n')
     space.build(only=("mix",))
     report = space.build(only=("outer",))
@@ -156,8 +145,7 @@ def test_a_stored_artifact_is_a_parent_without_its_own_parents(space: Space):
 
 
 def test_a_published_file_that_was_removed_or_replaced_comes_back(space: Space):
-    """What is at the published name is what the store holds, however it was lost.
-    """
+    """What is at the published name is what the store holds, however it was lost."""
     space.pair()
     space.build()
     target = space.path / "out" / "mix.safetensors"
@@ -169,9 +157,22 @@ def test_a_published_file_that_was_removed_or_replaced_comes_back(space: Space):
         assert target.read_bytes() == good
 
 
-def test_a_published_file_is_not_a_writable_door_into_the_store(space: Space):
-    """A published file either shares the store's read-only mode or is a copy of its own.
+def test_a_link_at_the_published_name_is_replaced_and_not_followed(space: Space):
     """
+    A link that lies where an artifact belongs is replaced; what it points to is left alone.
+    """
+    space.pair()
+    (space.path / "precious").write_text("mine")
+    (space.path / "out").mkdir()
+    (space.path / "out" / "mix.safetensors").symlink_to(space.path / "precious")
+    space.build()
+
+    assert (space.path / "precious").read_text() == "mine"
+    assert not (space.path / "out" / "mix.safetensors").is_symlink()
+
+
+def test_a_published_file_is_not_a_writable_door_into_the_store(space: Space):
+    """A published file either shares the store's read-only mode or is a copy of its own."""
     space.pair()
     report = space.build()
     target, stored = space.path / "out" / "mix.safetensors", report.wishes[0].stored.path
@@ -183,8 +184,7 @@ def test_a_published_file_is_not_a_writable_door_into_the_store(space: Space):
 
 @pytest.mark.parametrize("harm", ["bit", "short", "empty", "gone", "folder", "link", "trace", "trace-type", "no-trace"])
 def test_damage_in_the_store_is_a_miss_and_is_repaired(space: Space, harm):
-    """A stored artifact that is not what its trace says is built again, and takes the damaged one's place.
-    """
+    """A stored artifact that is not what its trace says is built again, and takes the damaged one's place."""
     space.pair()
     before = digests(space.build())
     [model] = stored_files(space)
@@ -218,8 +218,7 @@ def test_damage_in_the_store_is_a_miss_and_is_repaired(space: Space, harm):
 
 
 def test_a_store_copied_to_another_disk_is_still_good(space: Space):
-    """Times are not content: a store whose files have new times is believed once its bytes were read.
-    """
+    """Times are not content: a store whose files have new times is believed once its bytes were read."""
     space.pair()
     before = digests(space.build())
     for path in (space.path / "cache").rglob("*"):
@@ -231,8 +230,7 @@ def test_a_store_copied_to_another_disk_is_still_good(space: Space):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"memo": 99}', '{"memo": 1, "files": {"x": 3}}', "\x00"])
 def test_a_broken_memo_only_costs_time(space: Space, text):
-    """The memo of digests saves work and never decides.
-    """
+    """The memo of digests saves work and never decides."""
     space.pair()
     before = digests(space.build())
     (space.path / "cache" / "digests.json").write_text(text)
@@ -242,8 +240,7 @@ def test_a_broken_memo_only_costs_time(space: Space, text):
 
 
 def test_a_source_changed_in_place_with_its_times_put_back_is_noticed(space: Space):
-    """Content decides: the same size and modification time do not hide other bytes.
-    """
+    """Content decides: the same size and modification time do not hide other bytes."""
     space.pair()
     space.build()
     path = space.path / "B.safetensors"
@@ -257,8 +254,7 @@ def test_a_source_changed_in_place_with_its_times_put_back_is_noticed(space: Spa
 
 
 def test_a_source_changed_while_it_is_merged_is_refused(space: Space, monkeypatch):
-    """An input that moves during the pass discards the result.
-    """
+    """An input that moves during the pass discards the result."""
     from sdmerge_build import merge
 
     space.pair()
@@ -277,8 +273,7 @@ def test_a_source_changed_while_it_is_merged_is_refused(space: Space, monkeypatc
 
 
 def test_an_artifact_may_not_take_the_place_of_its_source(space: Space):
-    """A recipe whose output is one of its inputs is refused, by identity and not by name.
-    """
+    """A recipe whose output is one of its inputs is refused, by identity and not by name."""
     space.pair(PAIR.replace("[step.mix]", "[step.A2]"))
     (space.path / "out").mkdir()
     os.link(space.path / "A.safetensors", space.path / "out" / "A2.safetensors")
@@ -287,8 +282,7 @@ def test_an_artifact_may_not_take_the_place_of_its_source(space: Space):
 
 
 def test_pruning_the_store_is_removing_folders(space: Space):
-    """After `rm -rf` of any part of the store the next build makes what is missing.
-    """
+    """After `rm -rf` of any part of the store the next build makes what is missing."""
     space.pair(CHAIN)
     before = digests(space.build())
     shutil.rmtree(stored_files(space)[0].parent)
@@ -300,8 +294,7 @@ def test_pruning_the_store_is_removing_folders(space: Space):
 
 
 def test_the_manifest_tells_the_whole_story(space: Space):
-    """The manifest has the artifact's digests, every step and source, their shares through nested steps, licences and how to reproduce it.
-    """
+    """The manifest has the artifact's digests, every step and source, their shares through nested steps, licences and how to reproduce it."""
     nested = PAIR.replace('path = "A.safetensors"', 'path = "A.safetensors"\nlicense = "CC0-1.0"\ncredit = "Ada"')
     nested += '\n[step.outer]\ntitle = "Outer"\nmethod = "weighted_sum"\na = "mix"\nb = "B"\nalpha = 0.5\nauthor = "Eve"\n'
     space.pair(nested)
@@ -322,8 +315,7 @@ def test_the_manifest_tells_the_whole_story(space: Space):
 
 
 def test_shares_that_differ_from_block_to_block_say_how_far(space: Space):
-    """A share is the mean over all averaged elements, with its least and most.
-    """
+    """A share is the mean over all averaged elements, with its least and most."""
     ratio = '{ base = 0.0, blocks = { "OUT*" = 1.0 } }'
     space.pair(PAIR.replace('formula = "0.3 * A + 0.7 * B"', f'method = "weighted_sum"\na = "A"\nb = "B"\nalpha = {ratio}'), every=10)
     space.build()
@@ -336,8 +328,7 @@ def test_shares_that_differ_from_block_to_block_say_how_far(space: Space):
 
 
 def test_the_header_says_what_other_tools_read(space: Space):
-    """ModelSpec and AUTOMATIC1111's fields are in the header, parents under their pinned sha256, ancestors as their files claim them.
-    """
+    """ModelSpec and AUTOMATIC1111's fields are in the header, parents under their pinned sha256, ancestors as their files claim them."""
     ancestors = {"AB" * 32: {"name": "grandparent", "legacy_hash": "x", "sd_merge_recipe": None}, "junk": 3}
     space.pair()
     path = space.checkpoint("B", checkpoints.miniature("sd1", "B", every=40), {"format": "pt", "sd_merge_models": json.dumps(ancestors)})
@@ -358,10 +349,11 @@ def test_the_header_says_what_other_tools_read(space: Space):
     assert manifest["claimed"] == [{"by": "B", "sha256": "ab" * 32, "name": "grandparent"}]
 
 
-@pytest.mark.parametrize("claim", ["not json", "[" * 100_000, json.dumps([1]), json.dumps({"ab" * 32: {"name": 3}}), "{" + '"a":1,' * 300_000 + '"b":2}'], ids=len)
+@pytest.mark.parametrize(
+    "claim", ["not json", "[" * 100_000, json.dumps([1]), json.dumps({"ab" * 32: {"name": 3}}), "{" + '"a":1,' * 300_000 + '"b":2}'], ids=len
+)
 def test_hostile_claims_of_a_parent_are_passed_over(space: Space, claim):
-    """Metadata of a parent that is no lineage, huge or nested without end neither fails nor burdens a build.
-    """
+    """Metadata of a parent that is no lineage, huge or nested without end neither fails nor burdens a build."""
     space.pair()
     space.checkpoint("B", checkpoints.miniature("sd1", "B", every=40), {"format": "pt", "sd_merge_models": claim})
     space.build()

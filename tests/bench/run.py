@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import hashlib
 import os
 import platform
 import shutil
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdmerge_build.architectures import architecture_named
-from sdmerge_build.rehearse import stand_in
+from sdmerge_build.rehearse import SIZES, stand_in
 
 BASELINE = Path(__file__).with_name("baseline.py")
 RATIOS = (0.7, 0.65, 0.6)
@@ -51,16 +52,18 @@ class Program:
 class Bench:
     """A folder with two checkpoints and recipes over them."""
 
-    def __init__(self, folder: Path, architecture: str) -> None:
+    def __init__(self, folder: Path, architecture: str, size: str) -> None:
         self.folder = folder
         self.architecture = architecture
         self.files = [folder / "A.safetensors", folder / "B.safetensors"]
         for path in self.files:
             if not path.exists():
-                stand_in(path, architecture_named(architecture), "full", seed=path.stem)
+                stand_in(path, architecture_named(architecture), size, seed=path.stem)
         self.recipe("one", RATIOS[:1])
         self.recipe("other", RATIOS[1:2])
         self.recipe("three", RATIOS)
+        pins = [f'sha256 = "{hashlib.file_digest(path.open("rb"), "sha256").hexdigest()}"' for path in self.files]
+        self.recipe("pinned", RATIOS[:1], (pins[0], pins[1]))
 
     def recipe(self, name: str, ratios: tuple[float, ...], pins: tuple[str, str] = ("", "")) -> None:
         """Write a recipe with one artifact per ratio."""
@@ -90,6 +93,7 @@ class Bench:
             Program("bare: load both, mix, save_file", [*base, "bare.st"], after=lambda: self.remove("bare.st")),
             Program("equal work: bare, sha256, fsync", [*base, "equal.st", "--equal-work"], after=lambda: self.remove("equal.st")),
             self.sdbuild("sdbuild, one ratio, sources never seen", "one", self.clear, self.check),
+            self.sdbuild("sdbuild, one ratio, never seen, pinned by sha256", "pinned", self.clear, self.check),
             self.sdbuild("sdbuild, another ratio, sources known", "other", lambda: self.clear(keep_memory=True)),
             self.sdbuild("sdbuild, three ratios, sources never seen", "three", self.clear),
             self.sdbuild("sdbuild, nothing to do", "three", lambda: None),
@@ -144,13 +148,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work, and to keep the checkpoints; a temporary folder unless said")
+    parser.add_argument("--size", choices=SIZES, default="full", help="tiny tries the benchmark itself; its times mean nothing")
     parser.add_argument("--sdxl", action="store_true", help="SDXL's layout instead: two files of 6.94 GB, sdbuild alone")
     options = parser.parse_args()
     architecture = "sdxl" if options.sdxl else "sd1"
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        bench = Bench(folder, architecture)
+        bench = Bench(folder, architecture, options.size)
         programs = [p for p in bench.programs() if not options.sdxl or p.name.startswith("sdbuild")]
         results: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for path in bench.files:
@@ -164,7 +169,7 @@ def main() -> None:
                     results[program.name].append(result)
         results = {program.name: results[program.name] for program in programs}
         bench.clear()
-    print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {architecture}\n")
+    print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {architecture}, {options.size}\n")
     print(table(results))
 
 
