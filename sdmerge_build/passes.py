@@ -27,6 +27,9 @@ _USUALLY_ALIVE = 8
 BATCH = 1 << 20
 """Elements that are written and hashed at once, per artifact."""
 
+MOST_OUTPUTS = 16
+"""Artifacts of one pass: each needs memory for a few batches, a thread that hashes, and open files."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
@@ -143,7 +146,7 @@ class Pass:
 
 
 def plan_passes(plan: Plan, checked: Checked, keys: Mapping[str, str], leaves: Mapping[str, Leaf], outputs: Sequence[Output]) -> Iterator[Pass]:
-    """Yield as few passes as can write every output from front to back: one, but for strange layouts.
+    """Yield as few passes as can write every output from front to back: one, but for strange layouts and very many outputs.
 
     `keys` are tensor keys by name; steps with equal keys are evaluated once. `leaves` are sources and stored artifacts by name.
     """
@@ -171,7 +174,7 @@ def _groups(outputs: Sequence[Output]) -> list[list[Output]]:
     """
     groups: list[list[Output]] = []
     for output in outputs:
-        fitting = (g for g in groups if _agree([*g, output]) or _fits_one_batch([*g, output]))
+        fitting = (g for g in groups if len(g) < MOST_OUTPUTS and (_agree([*g, output]) or _fits_one_batch([*g, output])))
         group = next(fitting, None)
         if group is None:
             groups.append([output])

@@ -1,6 +1,6 @@
 """Owns everything before the first tensor: from a recipe's path to what is asked for, what the store has, and why the rest must be made.
 
-Has never heard of torch, and never writes; `--dry-run` and `--explain` end here.
+Has never heard of torch, and writes nothing but the memo of digests; `--dry-run` ends here.
 """
 
 from __future__ import annotations

@@ -171,3 +171,19 @@ def test_memory_does_not_grow_with_the_number_of_models(space: Space, monkeypatc
 
     assert program.slice_size * 41 <= (1 << 20) * 8
     assert space.load("all")["w"].isfinite().all()
+
+
+def test_very_many_artifacts_take_several_passes(space: Space, monkeypatch):
+    """
+    A large matrix is made in passes of at most sixteen artifacts, so that memory and open files stay bounded.
+    """
+    for name in "AB":
+        space.checkpoint(name, {"w": checkpoints.numbers(name, "w", (64, 64))})
+    ratios = [n / 100 for n in range(40)]
+    step = f'[step."mix-{{r}}"]\nmatrix = {{ r = {ratios} }}\nmethod = "weighted_sum"\na = "A"\nb = "B"\nalpha = "{{r}}"\n'
+    space.write("recipe.toml", RECIPE.partition("[step.half]")[0] + step)
+    made, taken = built_with(space, monkeypatch, 1 << 17, 1 << 20)
+
+    assert [len(walk.outputs) for walk in taken] == [16, 16, 8]
+    assert len(made) == 40
+    assert torch.equal(space.load("mix-0.39")["w"], (ragged_load(space, "A")["w"].float() * (1 - 0.39) + ragged_load(space, "B")["w"].float() * 0.39).half())
