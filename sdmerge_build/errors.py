@@ -25,7 +25,11 @@ __all__ = [
     "in_file_order",
     "named_briefly",
     "nearest",
+    "printable",
 ]
+
+
+MAX_KNOWN = 500  # looking for the nearest takes a microsecond per word and mistake
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,10 @@ class Issue:
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n\nhint: {self.hint}" if self.hint else text
+
+    def __post_init__(self) -> None:
+        for field in ("where", "what", "hint"):  # names come from strangers; a terminal must not obey them
+            object.__setattr__(self, field, printable(getattr(self, field)))
 
 
 class SdbuildError(Exception):
@@ -75,6 +83,11 @@ class SpaceError(SdbuildError):
     exit_code = 7
 
 
+def printable(text: str) -> str:
+    """Spell out what a terminal might obey: control characters, line ends, broken encodings."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def in_file_order(issues: Iterable[Issue]) -> list[Issue]:
     """Sort issues by the line they name, keeping the order of those on one line."""
 
@@ -92,6 +105,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     'did you mean `weighted_sum`?'
     """
     words = sorted(known)
+    if len(words) > MAX_KNOWN:
+        return ""
     folded = {w.casefold(): w for w in words}
     close = difflib.get_close_matches(word.casefold(), folded, n=1)
     return f"did you mean `{folded[close[0]]}`?" if close else ""

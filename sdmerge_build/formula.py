@@ -20,7 +20,7 @@ MAX_DEPTH = 64
 MAX_NAME = 128
 MIN_FACTOR = Fraction(1, 10**30)
 
-_RUN = re.compile(r"[A-Za-z0-9._-]+")
+_RUN = re.compile(r"(?:\d+\.?\d*|\.\d+)[eE]\+\d{1,3}(?![A-Za-z0-9._])|[A-Za-z0-9._-]+")  # `1e+30` is the one number with a plus in it
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
 
 
@@ -201,8 +201,10 @@ class _Parser:
                 return _multiply(Fraction(-1), self._factor(depth + 1))
             case ("(", _):
                 value = self.sum(depth + 1)
-                if self.peek() != (")", ")"):
+                if self.peek() is None:
                     raise FormulaError("has a `(` that is never closed")
+                if self.peek() != (")", ")"):
+                    raise FormulaError(f"has `{_text(self.peek())}` where it should close a `(` or go on with `+`, `-`, `*`")
                 self._at += 1
                 return value
         message = f"has `{_text(token)}` where a name or a number should stand"

@@ -85,7 +85,8 @@ def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
     graph.add_nodes_from(calls)
     graph.add_edges_from((i, name) for name, call in calls.items() if call for i in call.inputs if i in calls)
     issues += _cycles(recipe, graph)
-    artifacts = [n for n in calls if _is_artifact(table.step[n].artifact, table.defaults.artifact, is_used=bool(graph.out_degree(n)))]
+    defaults = table.defaults.artifact
+    artifacts = dict.fromkeys(n for n in calls if _is_artifact(table.step[n].artifact, defaults, is_used=bool(graph.out_degree(n))))
     if not artifacts and not issues:
         issues.append(
             Issue(where=recipe.where("step"), what="no step is an artifact, so there is nothing to build", hint="write `artifact = true` in one")
@@ -94,7 +95,7 @@ def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
     if issues:
         raise RecipeError(*in_file_order(issues))
     wanted = tuple(n for n in artifacts if not only or n in only)
-    needed = set(wanted).union(*(nx.ancestors(graph, n) for n in wanted))
+    needed = set(wanted).union(*nx.bfs_layers(graph.reverse(copy=False), wanted))
     position = {name: n for n, name in enumerate(calls)}
     order = [n for n in nx.lexicographical_topological_sort(graph, position.__getitem__) if n in needed]
     steps = {n: reader.finish(n, calls[n], is_artifact=n in artifacts) for n in order}
@@ -191,8 +192,10 @@ class _StepReader:
         for role in models:
             if role not in given:
                 self._complain(name, what=f"step `{name}` lacks `{role}`, a model that `{method.name}` needs")
-            inputs += self._inputs(name, role, given.pop(role, []), several=not method.models)
-        params = {p.name: self._param(name, p, given.pop(p.name, p.default), len(inputs)) for p in method.parameters.values()}
+            said = given.pop(role, None)
+            inputs += self._inputs(name, role, said, several=not method.models) if said is not None else ()
+        count = len(said) if not method.models and isinstance(said, list) else None
+        params = {p.name: self._param(name, p, given.pop(p.name, p.default), count) for p in method.parameters.values()}
         for field in given:
             hint = nearest(field, [*models, *method.parameters, *StepTable.model_fields]) or f"`sdbuild methods {method.name}` lists its fields"
             self._complain(name, field, what=f"step `{name}` has an unknown field `{field}`", hint=hint)
@@ -202,7 +205,7 @@ class _StepReader:
     def _inputs(self, name: str, role: str, value: Any, *, several: bool) -> Iterable[str]:
         """Read one model, or the list `models`; names that mean nothing are complained of and left out."""
         listed = value if several else [value]
-        if not isinstance(listed, list) or not all(isinstance(i, str) for i in listed):
+        if not isinstance(listed, list) or not listed or not all(isinstance(i, str) for i in listed):
             shape = "a list of names" if several else "a name"
             self._complain(name, role, what=f"`{role}` of step `{name}` must be {shape}")
             return
@@ -213,7 +216,7 @@ class _StepReader:
                 what = f"step `{name}` names `{i}`, which is neither a source nor a step"
                 self._complain(name, role, what=what, hint=nearest(i, self._names))
 
-    def _param(self, name: str, parameter: Parameter, value: Any, models: int) -> Any:
+    def _param(self, name: str, parameter: Parameter, value: Any, models: int | None) -> Any:
         """Read one parameter by its kind; complaints leave None behind."""
         what = f"`{parameter.name}` of step `{name}`"
         if value is REQUIRED:
@@ -223,8 +226,8 @@ class _StepReader:
                 case "Ratio":
                     return read_ratio(value, self.architecture)
                 case "list[Ratio]":
-                    if not isinstance(value, list) or len(value) != models:
-                        message = f"must be a list of {models} ratios, one per model"
+                    if not isinstance(value, list) or len(value) != (len(value) if models is None else models):
+                        message = f"must be a list of {'' if models is None else f'{models} '}ratios, one per model"
                         raise RatioError(message)
                     return tuple(read_ratio(item, self.architecture) for item in value)
                 case "Selection":
@@ -282,7 +285,8 @@ def _bad_wishes(recipe: Recipe, only: Collection[str], artifacts: Collection[str
         if name in artifacts:
             continue
         if name in recipe.table.step:
-            what, hint = f"step `{name}` is not an artifact: other steps use it", "write `artifact = true` in it to keep its result as a file"
+            reason = "it says so" if recipe.table.step[name].artifact is False else "other steps use it"
+            what, hint = f"step `{name}` is not an artifact: {reason}", "write `artifact = true` in it to keep its result as a file"
         else:
             what, hint = f"there is no step `{name}`", nearest(name, artifacts)
         issues.append(Issue(where=recipe.where("step", name), what=what, hint=hint))

@@ -71,14 +71,17 @@ def read_ratio(value: Any, architecture: Architecture) -> Ratio:
         blocks = dict.fromkeys(architecture.blocks, base)
     else:
         raise RatioError("lacks `base`, the value of everything that no block or rule names", "write `base = 0.5`")
-    entries = list(_read_blocks(value.get("blocks", {}), architecture))
-    for names, number in entries:
+    parts: dict[str, float] = {}
+    for names, number in _read_blocks(value.get("blocks", {}), architecture):
         blocks |= dict.fromkeys((b for b in blocks if b in names), number)
-    parts = {part: blocks[block] for part, (block, _) in architecture.parts.items()}
-    for names, number in entries:  # a part follows its block, unless an entry names the part and not the block
-        parts |= dict.fromkeys((p for p in parts if p in names and architecture.parts[p][0] not in names), number)
+        for part in names & architecture.parts.keys():  # a part follows its block, unless an entry names the part and not the block
+            if architecture.parts[part][0] in names:
+                parts.pop(part, None)
+            else:
+                parts[part] = number
     rest = blocks.get(BASE, base)
-    unlike = {b: v for b, v in blocks.items() if v != rest} | {p: v for p, v in parts.items() if v != blocks[architecture.parts[p][0]]}
+    unlike = {b: v for b, v in blocks.items() if v != rest}
+    unlike |= {p: parts[p] for p, (block, _) in architecture.parts.items() if p in parts and parts[p] != blocks[block]}
     return Ratio(base=rest, blocks=unlike, rules=tuple(_read_rules(value.get("rules", []))))
 
 
@@ -89,7 +92,7 @@ def _number(value: Any, what: str) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        message = f"has {str(value)[:40]!r} as {what}, which is not a finite number"
+        message = f"has {repr(value)[:40]} as {what}, which is not a finite number"
         raise RatioError(message)
     return number + 0.0
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from sdmerge_build.digest import blake3_hex
 from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest
-from sdmerge_build.matrix import expand_matrix
+from sdmerge_build.matrix import MAX_STEPS, expand_matrix
 from sdmerge_build.tomltext import Lines, read_toml
 
 __all__ = ["Defaults", "Recipe", "RecipeTable", "SourceTable", "StepTable", "read_recipe"]
@@ -77,10 +77,15 @@ class StepTable(Defaults):
     title: Text | None = Field(None, description="The artifact's title; its name unless said.")
 
 
+def _whole(value: Any) -> Any:
+    """Keep `true` and `1.0`, which Python takes for 1, from passing for it."""
+    return value if type(value) is int else repr(value)
+
+
 class RecipeTable(Table):
     """A recipe, whole."""
 
-    recipe: Literal[1] = Field(description="The version of the recipe format.")
+    recipe: Annotated[Literal[1], BeforeValidator(_whole)] = Field(description="The version of the recipe format.")
     architecture: Text = Field(description="The family of every source, checked against their headers.")
     defaults: Defaults = Field(default_factory=Defaults)
     source: dict[str, SourceTable] = Field(description="The checkpoints that come from outside, by name.")
@@ -92,7 +97,7 @@ class Recipe:
     """A recipe as it was said, with matrices spelled out."""
 
     path: Path
-    digest: str  # blake3 of the file
+    digest: str  # blake3 of its text
     table: RecipeTable
     lines: Lines
     templates: Mapping[str, str]  # step → the name its table has in the file
@@ -113,7 +118,7 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(Issue(where=lines.where("recipe"), what=what, hint="a newer sdbuild may read it"))
     issues: list[Issue] = []
     templates = _expand_steps(table, lines, issues)
-    digest = blake3_hex(path.read_bytes())
+    digest = blake3_hex(lines.text.encode())
     try:
         recipe = Recipe(path=path, digest=digest, table=RecipeTable.model_validate(table), lines=lines, templates=templates)
     except ValidationError as error:
@@ -133,8 +138,11 @@ def _expand_steps(table: dict[str, Any], lines: Lines, issues: list[Issue]) -> d
     steps: dict[str, Any] = {}
     templates: dict[str, str] = {}
     for template, fields in written.items():
-        expanded = expand_matrix(template, fields, lines, issues) if isinstance(fields, dict) else [(template, fields)]
+        expanded = expand_matrix(template, fields, lines, issues) if isinstance(fields, dict) else iter([(template, fields)])
         for name, filled in expanded:
+            if len(steps) >= MAX_STEPS and "matrix" in fields:
+                what = f"the matrices of this recipe make more steps than the {MAX_STEPS} that are built; at most {MAX_STEPS} may be made"
+                raise RecipeError(*in_file_order([*issues, Issue(where=lines.where("step", template), what=what)]))
             if name in steps:
                 what = f"step `{name}` is made twice, by `{templates[name]}` and by `{template}`"
                 issues.append(Issue(where=lines.where("step", template), what=what))
@@ -155,7 +163,9 @@ def _bad_names(recipe: Recipe) -> list[Issue]:
                 hint = "use up to 128 letters, digits, `-`, `_` and `.`, not beginning or ending with a dot, and no Windows device name"
                 issues.append(Issue(where=where, what=f"`{name[:128]}` cannot be the name of a {kind}", hint=hint))
             elif (twin := seen.setdefault(name.casefold(), f"{kind} `{name}`")) != f"{kind} `{name}`":
-                issues.append(Issue(where=where, what=f"{kind} `{name}` has the same name as {twin}", hint="upper and lower case do not count"))
+                issues.append(
+                    Issue(where=where, what=f"{kind} `{name}` has the same name as {twin}", hint="names are compared without regard to case")
+                )
     return issues
 
 
@@ -165,10 +175,7 @@ def _issue(error: Any, lines: Lines, templates: Mapping[str, str]) -> Issue:
     if len(address) > 1 and address[0] == "step":
         address = ("step", templates.get(address[1], address[1]), *address[2:])
     where = lines.where(*address)
-    field, table = (
-        str(address[-1]),
-        " ".join(f"`{part}`" if n else str(part) for n, part in enumerate(address[:2])) if len(address) > 2 else "the recipe",
-    )
+    field, table = str(address[-1]), _table_shown(address)
     match error["type"]:
         case "extra_forbidden":
             return Issue(where=where, what=f"{table} has an unknown field `{field}`", hint=nearest(field, _fields_around(address)))
@@ -177,10 +184,26 @@ def _issue(error: Any, lines: Lines, templates: Mapping[str, str]) -> Issue:
         case "literal_error":
             return Issue(where=where, what=f"`{field}` is {error['input']!r}; it must be {error['ctx']['expected'].replace(chr(39), '`')}")
         case "string_pattern_mismatch":
-            return Issue(where=where, what=f"`{field}` of {table} must be 64 hex digits, but has {len(str(error['input']))} characters")
+            said = str(error["input"])
+            wrong = f"has {len(said)} characters" if len(said) != 64 else f"holds {next(c for c in said if c not in '0123456789abcdefABCDEF')!r}"
+            return Issue(where=where, what=f"`{field}` of {table} must be 64 hex digits, but {wrong}")
+        case "model_type" | "dict_type":
+            return Issue(where=where, what=f"`{field}` of {table} is {repr(error['input'])[:60]}; it must be a table")
         case _:
             shown = repr(error["input"])
             return Issue(where=where, what=f"`{field}` of {table} is {shown[:60]}: {error['msg'][:1].lower() + error['msg'][1:]}")
+
+
+def _table_shown(address: tuple[str | int, ...]) -> str:
+    """Name the table that a field stands in: the recipe, `defaults`, or a source or step."""
+    match address:
+        case (kind, name, _, *_):
+            return f"{kind} `{name}`"
+        case ("defaults", _):
+            return "`defaults`"
+        case ("source" | "step" as kind, _):
+            return f"[{kind}]"
+    return "the recipe"
 
 
 _MISSING_HINTS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,11 +21,13 @@ from sdmerge_build.errors import IntegrityError, Issue
 
 __all__ = ["Header", "Layout", "Spec", "file_order", "lay_out", "read_header"]
 
-MAX_HEADER = 100_000_000  # the reference reader's cap, in bytes
+MAX_HEADER = 50_000_000  # bytes; half of the reference reader's cap, a hundred times the largest real header
+MAX_FOREIGN = 16 << 20  # bytes of a header that is not plain ASCII, which takes four times its size in memory
 MAX_FIELDS = 500_000  # a hundred times the largest real checkpoint; keeps a hostile header from filling memory
 MAX_NAME = 1024
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 _MOST_COMPLAINTS = 5
+_HALF = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +144,13 @@ def _bad_length(start: bytes, length: int, file_size: int) -> str:
     if 8 + length > file_size:
         return f"the header claims {length} bytes, but the file has {file_size}: it is truncated"
     if length < 2:
-        return f"the header claims {length} bytes, too few for any"
+        return f"the header claims {length} bytes; the shortest has 2"
     return ""
 
 
 def _other_format(start: bytes) -> str:
     """Guess what a file without a believable header is."""
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return "it looks like a .ckpt; convert it to safetensors first"
     if start.lstrip().lower().startswith((b"<!doc", b"<html")):
         return "it is a web page, probably a login page saved in place of the model"
@@ -160,11 +163,15 @@ def _parse(raw: bytes) -> dict[str, Any]:
     """Parse the header's JSON; duplicate keys, which JSON parsers drop in silence, are refused."""
     if not raw.startswith(b"{"):
         raise _HeaderError("the header does not begin with `{`")
+    if len(raw) > MAX_FOREIGN and not raw.isascii():
+        raise _HeaderError(f"the header is not plain ASCII, and has {len(raw)} bytes; no more than {MAX_FOREIGN} of that are read")
     if raw.count(b":") > MAX_FIELDS or raw.count(b",") > 2 * MAX_FIELDS:
         raise _HeaderError(f"the header has more than {MAX_FIELDS} fields; no checkpoint has")
     try:
-        table = json.loads(raw, object_pairs_hook=_without_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        table = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)  # left to itself, `json` guesses UTF-16
+    except _HeaderError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of more than 4300 digits
         raise _HeaderError(f"the header is not valid JSON: {error}") from error
     if not isinstance(table, dict):
         raise _HeaderError("the header is not a table")
@@ -183,7 +190,7 @@ def _metadata(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise _HeaderError("`__metadata__` is not a table")
     for key, text in value.items():
-        if not isinstance(text, str):
+        if not isinstance(text, str) or _HALF.search(key) or _HALF.search(text):
             raise _HeaderError(f"`__metadata__` holds `{_shown(key)}`, which is not text")
     return value
 
@@ -210,6 +217,8 @@ def _spec(name: str, entry: Any, complaints: list[str]) -> Spec | None:
         return complain("has a shape that is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
         return complain("has offsets that are not two positions")
+    if math.prod(size for size in shape if size) >= 2**63:  # readers multiply sizes before they meet the zero
+        return complain("has a shape of more elements than can be counted")
     spec = Spec(name, dtype, tuple(shape), offsets[0])
     if offsets[1] - offsets[0] != spec.nbytes:
         shown = "×".join(map(str, shape)) or "scalar"

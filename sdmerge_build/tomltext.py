@@ -23,7 +23,7 @@ MAX_NESTING = 32
 MAX_DOTS = 16
 Address = tuple[str | int, ...]
 
-_HEADER = re.compile(r"\s*(\[{1,2}[^\[\]]+\]{1,2})\s*(?:#.*)?$")
+_HEADER = re.compile(r"""\s*(\[{1,2}(?:[^\[\]"']|"(?:[^"\\]|\\.)*"|'[^']*')+\]{1,2})\s*(?:#.*)?$""")
 _FIELD = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"\\]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"\\]*"|'[^']*'))*)\s*=""")
 
 
@@ -32,14 +32,14 @@ class Lines:
 
     def __init__(self, path: Path, text: str) -> None:
         self._path = path
-        self._text = text
+        self.text = text
 
     @functools.cached_property
     def _lines(self) -> dict[Address, int]:
         """Find every table and field; only when a message needs it."""
         lines: dict[Address, int] = {}
         table: Address = ()
-        for number, line in enumerate(self._text.splitlines(), 1):
+        for number, line in enumerate(_without_long_texts(self.text).split("\n"), 1):
             if header := _HEADER.match(line):
                 table = _address(header[1]) or table
                 lines.setdefault(table, number)
@@ -64,13 +64,15 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Lines]:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        place = re.search(r"\(at line (\d+), column \d+\)", str(error))
-        raise RecipeError(Issue(where=f"{where}:{place[1]}" if place else where, what=_lowercase(str(error)))) from error
+        what, _, place = str(error).partition(" (at ")
+        line = re.match(r"line (\d+), ", place)
+        raise RecipeError(Issue(where=f"{where}:{line[1] if line else text.count(chr(10)) + 1}", what=_lowercase(what))) from error
     except (ValueError, RecursionError) as error:
-        raise RecipeError(Issue(where=where, what=f"cannot be read as TOML: {error}")) from error
+        what = "a number has too many digits" if "digits" in str(error) else f"cannot be read as TOML: {error}"
+        raise RecipeError(Issue(where=where, what=what)) from error
     lines = Lines(path, text)
     if issues := [
-        Issue(where=lines.where(*address), what=f"`{address[-1]}` is {value}, not a finite number")
+        Issue(where=lines.where(*address), what=f"`{[part for part in address if isinstance(part, str)][-1]}` is {value}, not a finite number")
         for address, value in _numbers(table)
         if not math.isfinite(value)
     ]:
@@ -81,6 +83,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Lines]:
 def _read_text(path: Path) -> str:
     where = str(path)
     try:
+        if not path.is_file() and path.exists():
+            raise RecipeError(Issue(where=where, what="is not a file"))
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
@@ -128,9 +132,31 @@ def _end_of_string(text: str, start: int) -> int:
         while mark[0] == '"' and text[before - 1] == "\\":
             before -= 1
         if (at - before) % 2 == 0:
-            return at + len(mark) - 1
+            end = at + len(mark)
+            while len(mark) == 3 and end < at + 5 and text.startswith(mark[0], end):  # up to two quotes may stand before the closing three
+                end += 1
+            return end - 1
         at += 1
     return len(text)
+
+
+def _without_long_texts(text: str) -> str:
+    """Empty the texts between triple quotes, keeping their line ends, so that nothing in them is taken for a table."""
+    kept: list[str] = []
+    at = since = 0
+    while at < len(text):
+        if text[at] == "#":
+            end = text.find("\n", at)
+            at = end if end >= 0 else len(text)
+        elif text[at] in "\"'":
+            end = _end_of_string(text, at)
+            if text.startswith(text[at] * 3, at):
+                kept += [text[since:at], "\n" * text.count("\n", at, end)]
+                since = end + 1
+            at = end + 1
+        else:
+            at += 1
+    return "".join([*kept, text[since:]])
 
 
 def _numbers(value: Any, address: Address = ()) -> Iterator[tuple[Address, float]]:

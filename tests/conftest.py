@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -83,6 +84,28 @@ class Space:
         run = self.sdbuild(*args, "--json", **options)
         assert run.returncode == 0, run.stderr + run.stdout
         return json.loads(run.stdout)["reports"][0]["artifacts"]
+
+
+PATIENCE = 120  # seconds, far beyond any test: what takes longer hangs
+
+
+@pytest.fixture(autouse=True)
+def never_hangs():
+    """End a test that hangs, where the system can."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def give_up(_signal, _frame):
+        pytest.fail(f"it hangs: nothing after {PATIENCE} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

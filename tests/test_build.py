@@ -9,8 +9,7 @@ from conftest import Space
 
 
 def test_an_artifact_is_the_weighted_sum_of_its_parents(space: Space):
-    """Every tensor is 0.3 A + 0.7 B in float32, rounded once to float16.
-    """
+    """Every tensor is 0.3 A + 0.7 B in float32, rounded once to float16."""
     space.pair(every=7)
     space.build()
 

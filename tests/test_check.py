@@ -19,8 +19,7 @@ def complaints(space: Space, **options) -> str:
 
 
 def test_sdxl_in_an_sd1_recipe_is_named_as_such(space: Space):
-    """A checkpoint of another architecture is named by its own, with the line to write.
-    """
+    """A checkpoint of another architecture is named by its own, with the line to write."""
     space.pair()
     space.checkpoint("B", checkpoints.miniature("sdxl", "B", every=60))
     text = complaints(space)
@@ -30,8 +29,7 @@ def test_sdxl_in_an_sd1_recipe_is_named_as_such(space: Space):
 
 
 def test_a_lora_in_place_of_a_checkpoint_is_named(space: Space):
-    """A LoRA is recognised as one.
-    """
+    """A LoRA is recognised as one."""
     space.pair()
     space.checkpoint("B", {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(8, 8)})
 
@@ -39,8 +37,7 @@ def test_a_lora_in_place_of_a_checkpoint_is_named(space: Space):
 
 
 def test_a_part_of_a_checkpoint_says_what_it_lacks(space: Space):
-    """A file that is of no known architecture says which tensors it would need.
-    """
+    """A file that is of no known architecture says which tensors it would need."""
     space.pair()
     space.checkpoint("B", {"first_stage_model.decoder.conv_in.bias": torch.zeros(8)})
 
@@ -48,8 +45,7 @@ def test_a_part_of_a_checkpoint_says_what_it_lacks(space: Space):
 
 
 def test_every_mismatch_is_reported_at_once(space: Space):
-    """Missing tensors, extra tensors and shapes are reported together, each by name.
-    """
+    """Missing tensors, extra tensors and shapes are reported together, each by name."""
     space.pair()
     b = checkpoints.miniature("sd1", "B", every=40)
     names = [n for n in b if "model.diffusion_model.output_blocks" in n]
@@ -63,12 +59,14 @@ def test_every_mismatch_is_reported_at_once(space: Space):
     assert 'write `missing = "keep"`' in text
     assert "step `mix` needs tensors that `A` lacks: `model.diffusion_model.control.weight`" in text
     assert 'write `extra = "keep" or "drop"`' in text
-    assert f"has models of different shapes ({'×'.join(map(str, checkpoints.miniature('sd1', 'B', every=40)[names[2]].shape))} and 2×2): `{names[2]}`" in text
+    assert (
+        f"has models of different shapes ({'×'.join(map(str, checkpoints.miniature('sd1', 'B', every=40)[names[2]].shape))} and 2×2): `{names[2]}`"
+        in text
+    )
 
 
 def test_policies_keep_and_drop_with_a_note(space: Space):
-    """`keep` takes the first model's tensor, `drop` leaves out what only a later one has, and both are said aloud.
-    """
+    """`keep` takes the first model's tensor, `drop` leaves out what only a later one has, and both are said aloud."""
     space.pair(PAIR + 'missing = "keep"\nextra = "drop"\nmismatch = "keep"\n')
     a, b = (checkpoints.miniature("sd1", n, every=40) for n in "AB")
     names = [n for n in b if "model.diffusion_model.output_blocks" in n]
@@ -87,8 +85,7 @@ def test_policies_keep_and_drop_with_a_note(space: Space):
 
 
 def test_optional_tensors_are_kept_from_whoever_has_them(space: Space):
-    """EMA weights, schedules and `position_ids` need not be in every parent, and are kept exactly.
-    """
+    """EMA weights, schedules and `position_ids` need not be in every parent, and are kept exactly."""
     space.pair()
     a = checkpoints.miniature("sd1", "A", every=40)
     a = {n: t for n, t in a.items() if not n.endswith("position_ids")}
@@ -107,8 +104,7 @@ def test_optional_tensors_are_kept_from_whoever_has_them(space: Space):
 
 
 def test_position_ids_are_not_averaged_even_as_fractions(space: Space):
-    """`position_ids` that an earlier merge turned into float16 are copied as they are, not averaged.
-    """
+    """`position_ids` that an earlier merge turned into float16 are copied as they are, not averaged."""
     space.pair()
     position = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     for name in "AB":
@@ -121,8 +117,7 @@ def test_position_ids_are_not_averaged_even_as_fractions(space: Space):
 
 
 def test_mixed_dtypes_inside_one_file_are_normal(space: Space):
-    """A parent that is half float32, half float16 merges like any other.
-    """
+    """A parent that is half float32, half float16 merges like any other."""
     space.pair()
     b = {n: t.float() if i % 2 and t.is_floating_point() else t for i, (n, t) in enumerate(checkpoints.miniature("sd1", "B", every=40).items())}
     space.checkpoint("B", b)
@@ -132,8 +127,7 @@ def test_mixed_dtypes_inside_one_file_are_normal(space: Space):
 
 
 def test_whole_numbers_against_fractions_are_refused(space: Space):
-    """A tensor that is whole numbers in one parent and fractions in another is a mismatch.
-    """
+    """A tensor that is whole numbers in one parent and fractions in another is a mismatch."""
     space.pair(PAIR.replace("sd1", "generic"))
     space.checkpoint("A", {"w": torch.zeros(8)})
     space.checkpoint("B", {"w": torch.zeros(8, dtype=torch.int64)})
@@ -142,16 +136,14 @@ def test_whole_numbers_against_fractions_are_refused(space: Space):
 
 
 def test_shares_of_zero_everywhere_are_refused(space: Space):
-    """A step that takes nothing from any model is a mistake.
-    """
+    """A step that takes nothing from any model is a mistake."""
     space.pair(PAIR.replace('formula = "0.3 * A + 0.7 * B"', 'method = "linear"\nmodels = ["A", "B"]\nweights = [0, 0]'))
 
     assert "takes nothing from any model" in complaints(space)
 
 
 def test_globs_that_match_nothing_are_refused(space: Space):
-    """A misspelt glob in a rule or a selection is not obeyed in silence.
-    """
+    """A misspelt glob in a rule or a selection is not obeyed in silence."""
     ratio = '{ base = 0.5, rules = [{ match = "*atn2*", value = 1.0 }] }'
     space.pair(PAIR.replace('formula = "0.3 * A + 0.7 * B"', f'method = "weighted_sum"\na = "A"\nb = "B"\nalpha = {ratio}'))
 
@@ -159,16 +151,14 @@ def test_globs_that_match_nothing_are_refused(space: Space):
 
 
 def test_shares_that_do_not_sum_to_one_are_a_warning(space: Space):
-    """The build goes on, and says the sum.
-    """
+    """The build goes on, and says the sum."""
     space.pair(PAIR.replace("0.7 * B", "0.6 * B"))
 
     assert "the shares of step `mix` sum to 0.9, not to 1" in space.build().warnings
 
 
 def test_a_full_disk_is_noticed_before_anything_is_computed(space: Space, monkeypatch):
-    """The message has the bytes that are needed and those that are free.
-    """
+    """The message has the bytes that are needed and those that are free."""
     space.pair()
     monkeypatch.setattr("sdmerge_build.build.free_space", lambda _: 1000)
     with pytest.raises(SpaceError) as caught:
@@ -179,8 +169,7 @@ def test_a_full_disk_is_noticed_before_anything_is_computed(space: Space, monkey
 
 
 def test_checking_takes_headers_alone(space: Space, monkeypatch):
-    """A mismatch is found without the first tensor being computed: the arithmetic is never asked for.
-    """
+    """A mismatch is found without the first tensor being computed: the arithmetic is never asked for."""
     space.pair()
     b = checkpoints.miniature("sd1", "B", every=40)
     b.pop(next(n for n in b if "output_blocks" in n))
@@ -191,9 +180,11 @@ def test_checking_takes_headers_alone(space: Space, monkeypatch):
 
 
 def test_keep_going_builds_what_is_sound(space: Space):
-    """With keep_going a mismatch in one step and a missing source leave the other artifacts to be built.
-    """
-    space.pair(PAIR + '\n[source.C]\npath = "C.safetensors"\n[source.D]\npath = "D.safetensors"\n[step.bad]\nformula = "0.5 * A + 0.5 * C"\n[step.gone]\nformula = "0.5 * A + 0.5 * D"\n')
+    """With keep_going a mismatch in one step and a missing source leave the other artifacts to be built."""
+    space.pair(
+        PAIR
+        + '\n[source.C]\npath = "C.safetensors"\n[source.D]\npath = "D.safetensors"\n[step.bad]\nformula = "0.5 * A + 0.5 * C"\n[step.gone]\nformula = "0.5 * A + 0.5 * D"\n'
+    )
     c = checkpoints.miniature("sd1", "C", every=40)
     c.pop(next(n for n in c if "output_blocks" in n))
     space.checkpoint("C", c)
@@ -206,8 +197,7 @@ def test_keep_going_builds_what_is_sound(space: Space):
 
 
 def test_keep_going_gives_up_only_the_artifact_that_is_not_finite(space: Space):
-    """With keep_going a value that is not finite fails its own artifact, and the others of the same pass are built.
-    """
+    """With keep_going a value that is not finite fails its own artifact, and the others of the same pass are built."""
     space.pair(PAIR + '\n[step.other]\nformula = "0.5 * A + 0.5 * A"\n')
     b = checkpoints.miniature("sd1", "B", every=40)
     b[next(n for n in b if "input_blocks" in n)].flatten()[0] = float("nan")

@@ -108,8 +108,7 @@ def check_incremental_equals_clean(projects: list[Project]) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(PROJECTS, min_size=2, max_size=4))
 def test_an_incremental_build_equals_a_clean_one(projects):
-    """After any sequence of edits, an incremental build leaves the same bytes a clean build leaves.
-    """
+    """After any sequence of edits, an incremental build leaves the same bytes a clean build leaves."""
     check_incremental_equals_clean(projects)
 
 
@@ -124,8 +123,7 @@ FORGOTTEN = {
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
 def test_the_property_catches_keys_that_forget(forgotten, monkeypatch):
-    """The property fails when keys stop covering parameters, dtypes, precision or inputs.
-    """
+    """The property fails when keys stop covering parameters, dtypes, precision or inputs."""
     honest = keys.describe
 
     class Forgetful:
@@ -143,8 +141,7 @@ def test_the_property_catches_keys_that_forget(forgotten, monkeypatch):
 
 
 def test_the_property_catches_artifact_keys_that_forget_metadata(monkeypatch):
-    """The property fails when artifact keys stop covering what the header says.
-    """
+    """The property fails when artifact keys stop covering what the header says."""
     monkeypatch.setattr(prepare, "artifact_key", lambda tensor_key, _metadata: tensor_key)
 
     with pytest.raises(AssertionError):

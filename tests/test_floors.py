@@ -64,14 +64,12 @@ def violations(package: Path) -> Iterator[str]:
 
 
 def test_nothing_imports_upwards():
-    """A module imports only from floors below its own.
-    """
+    """A module imports only from floors below its own."""
     assert list(violations(PACKAGE)) == []
 
 
 def test_the_check_sees_an_import_that_goes_up(tmp_path):
-    """A package in which the ground floor imports the door is caught.
-    """
+    """A package in which the ground floor imports the door is caught."""
     package = tmp_path / "sdmerge_build"
     package.mkdir()
     (package / "errors.py").write_text("from sdmerge_build import cli\n")
@@ -81,14 +79,12 @@ def test_the_check_sees_an_import_that_goes_up(tmp_path):
 
 
 def test_every_module_has_a_floor():
-    """A new module is given a place before it can be merged.
-    """
+    """A new module is given a place before it can be merged."""
     assert set(FLOOR_OF) == set(modules(PACKAGE).values())
 
 
 def test_heavy_libraries_stay_home():
-    """torch, networkx, click and the others are imported only by the modules that own them.
-    """
+    """torch, networkx, click and the others are imported only by the modules that own them."""
     strays = [
         f"{path.name} imports {name}"
         for path, here in modules(PACKAGE).items()
@@ -100,8 +96,7 @@ def test_heavy_libraries_stay_home():
 
 
 def test_files_and_functions_stay_small():
-    """No file exceeds 350 lines and no function 40, docstrings not counted.
-    """
+    """No file exceeds 350 lines and no function 40, docstrings not counted."""
     long = [path.name for path in modules(PACKAGE) if len(path.read_text(encoding="utf-8").splitlines()) > 350]
     for path in modules(PACKAGE):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -115,12 +110,9 @@ def test_files_and_functions_stay_small():
 
 
 def test_every_module_says_what_it_owns():
-    """The first sentences of a file say what it owns, and what it has never heard of.
-    """
+    """The first sentences of a file say what it owns, and what it has never heard of."""
     silent = [
-        path.name
-        for path in modules(PACKAGE)
-        if not (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").startswith("Owns ")
+        path.name for path in modules(PACKAGE) if not (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").startswith("Owns ")
     ]
 
     assert silent == []

@@ -57,8 +57,7 @@ def lay_down(space: Space) -> None:
 
 
 def test_every_cpu_thread_count_and_hash_seed_makes_the_same_files(space: Space):
-    """Artifacts have one sha256 over CPU capabilities, numbers of threads and hash seeds.
-    """
+    """Artifacts have one sha256 over CPU capabilities, numbers of threads and hash seeds."""
     lay_down(space)
     seen = set()
     for n, (capability, jobs) in enumerate(itertools.product(("default", "avx2", "avx512"), ("1", "2", "4"))):
@@ -71,8 +70,7 @@ def test_every_cpu_thread_count_and_hash_seed_makes_the_same_files(space: Space)
 
 @pytest.mark.parametrize(("slice_", "batch"), [(64, 64), (8, 1024), (1000, 3000), (1 << 20, 1 << 22)])
 def test_chunk_sizes_do_not_matter(space: Space, monkeypatch, slice_, batch):
-    """Artifacts have one sha256 whatever is worked on at once.
-    """
+    """Artifacts have one sha256 whatever is worked on at once."""
     lay_down(space)
     usual = digests(space.build())
     monkeypatch.setattr(passes, "SLICE", slice_)
@@ -82,8 +80,7 @@ def test_chunk_sizes_do_not_matter(space: Space, monkeypatch, slice_, batch):
 
 
 def test_the_order_of_a_recipe_does_not_matter(space: Space):
-    """Tables and fields may be written in any order.
-    """
+    """Tables and fields may be written in any order."""
     lay_down(space)
     usual = digests(space.build())
     head, *tables = RECIPE.split("\n[")
@@ -94,8 +91,7 @@ def test_the_order_of_a_recipe_does_not_matter(space: Space):
 
 
 def test_the_order_of_tensors_in_a_source_does_not_matter(space: Space):
-    """A source that was saved by another tool, in another order and under another header, changes no tensor.
-    """
+    """A source that was saved by another tool, in another order and under another header, changes no tensor."""
     lay_down(space)
     before = {wish.step.name: wish.stored.tensor_digest for wish in space.build().wishes}
     tensors = checkpoints.miniature("sd1", "A", "F16", every=25)

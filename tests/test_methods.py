@@ -5,11 +5,11 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 from blake3 import blake3
 
-import checkpoints
 from sdmerge_build.blend import blend_of
 from sdmerge_build.methods import methods
 

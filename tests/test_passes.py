@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import checkpoints
 import pytest
 import torch
-
-import checkpoints
 from conftest import Space, digests
+
 from sdmerge_build import passes
 
 RECIPE = """
@@ -186,4 +186,6 @@ def test_very_many_artifacts_take_several_passes(space: Space, monkeypatch):
 
     assert [len(walk.outputs) for walk in taken] == [16, 16, 8]
     assert len(made) == 40
-    assert torch.equal(space.load("mix-0.39")["w"], (ragged_load(space, "A")["w"].float() * (1 - 0.39) + ragged_load(space, "B")["w"].float() * 0.39).half())
+    assert torch.equal(
+        space.load("mix-0.39")["w"], (ragged_load(space, "A")["w"].float() * (1 - 0.39) + ragged_load(space, "B")["w"].float() * 0.39).half()
+    )

@@ -49,24 +49,21 @@ def pinned(space: Space, *pins: str, **others: str) -> None:
 
 @pytest.mark.parametrize("pins", [("sha256",), ("blake3",), ("sha256", "size"), ("sha256", "blake3", "size")], ids=str)
 def test_a_source_is_found_by_its_content(owned, pins):
-    """A pinned digest finds the file under whatever name it lies in a folder of models.
-    """
+    """A pinned digest finds the file under whatever name it lies in a folder of models."""
     pinned(owned, *pins)
 
     assert states(owned.build(models=(owned.path / "models",))) == {"mix": "built"}
 
 
 def test_a_source_is_found_by_its_name(owned):
-    """A file name finds the file below a folder of models; upper and lower case do not count.
-    """
+    """A file name finds the file below a folder of models; upper and lower case do not count."""
     pinned(owned, filename="B-v2.safetensors")
 
     assert states(owned.build(models=(owned.path / "models",))) == {"mix": "built"}
 
 
 def test_a_name_with_other_content_is_not_taken(owned):
-    """Where name and size fit but the content does not, the file is not taken, and both digests are quoted.
-    """
+    """Where name and size fit but the content does not, the file is not taken, and both digests are quoted."""
     pinned(owned, "size", sha256="ab" * 32, filename="b-v2.safetensors")
     with pytest.raises(SourceError) as caught:
         owned.build(models=(owned.path / "models",))
@@ -76,8 +73,7 @@ def test_a_name_with_other_content_is_not_taken(owned):
 
 
 def test_a_path_with_other_content_is_an_integrity_error(owned):
-    """A file at the given path that is not the pinned one is refused, with both digests.
-    """
+    """A file at the given path that is not the pinned one is refused, with both digests."""
     owned.write("recipe.toml", RECIPE.format(source=f'path = "models/Stable-diffusion/anime/b-v2.safetensors"\nsha256 = "{"cd" * 32}"\nsize = 3'))
     with pytest.raises(IntegrityError) as caught:
         owned.build()
@@ -87,21 +83,28 @@ def test_a_path_with_other_content_is_an_integrity_error(owned):
 
 
 def test_a_source_that_is_nowhere_says_what_to_do(owned):
-    """The message names the page, the file, its size, its sha256, and where to put it; the exit code is 5.
-    """
-    owned.write("recipe.toml", RECIPE.format(source=f'uri = "civitai:7813@25845"\nfilename = "viewer.safetensors"\nsize = 2132625462\nsha256 = "{"ef" * 32}"'))
+    """The message names the page, the file, its size, its sha256, and where to put it; the exit code is 5."""
+    owned.write(
+        "recipe.toml", RECIPE.format(source=f'uri = "civitai:7813@25845"\nfilename = "viewer.safetensors"\nsize = 2132625462\nsha256 = "{"ef" * 32}"')
+    )
     run = owned.sdbuild("recipe.toml")
 
     assert run.returncode == 5
     assert "recipe.toml:8: source `B` is nowhere to be found" in run.stderr
-    for fact in ("viewer.safetensors", "2132625462 bytes", "ef" * 32, "https://civitai.com/models/7813?modelVersionId=25845", "--models", "SDBUILD_MODELS"):
+    for fact in (
+        "viewer.safetensors",
+        "2132625462 bytes",
+        "ef" * 32,
+        "https://civitai.com/models/7813?modelVersionId=25845",
+        "--models",
+        "SDBUILD_MODELS",
+    ):
         assert fact in run.stderr
     assert not (owned.path / "out").exists()
 
 
 def test_the_environment_names_folders_too(owned):
-    """SDBUILD_MODELS is searched like --models, and a file is hashed once and remembered.
-    """
+    """SDBUILD_MODELS is searched like --models, and a file is hashed once and remembered."""
     pinned(owned, "sha256")
     env = {"SDBUILD_MODELS": os.pathsep.join([str(owned.path / "models")])}
     first = owned.sdbuild("recipe.toml", env=env)
@@ -113,8 +116,7 @@ def test_the_environment_names_folders_too(owned):
 
 
 def test_a_folder_of_models_that_is_not_there_is_an_error(owned):
-    """A misspelt folder is not searched in silence.
-    """
+    """A misspelt folder is not searched in silence."""
     pinned(owned, "sha256")
     run = owned.sdbuild("recipe.toml", "--models", "modles")
 
@@ -122,8 +124,7 @@ def test_a_folder_of_models_that_is_not_there_is_an_error(owned):
 
 
 def test_links_that_run_in_circles_are_walked_once(owned):
-    """A folder that links to its own parent does not trap the search.
-    """
+    """A folder that links to its own parent does not trap the search."""
     (owned.path / "models" / "loop").symlink_to(owned.path / "models", target_is_directory=True)
     pinned(owned, "sha256")
 
@@ -131,8 +132,7 @@ def test_links_that_run_in_circles_are_walked_once(owned):
 
 
 def test_a_damaged_source_is_an_integrity_error(space: Space):
-    """A source whose header lies is refused with what is wrong, and where the recipe names it.
-    """
+    """A source whose header lies is refused with what is wrong, and where the recipe names it."""
     space.pair()
     data = (space.path / "B.safetensors").read_bytes()
     (space.path / "B.safetensors").write_bytes(data[:-100])
@@ -155,22 +155,19 @@ def test_a_damaged_source_is_an_integrity_error(space: Space):
     ],
 )
 def test_addresses_name_the_page_a_person_would_open(uri, page):
-    """Every form of address is read, and says where to look.
-    """
+    """Every form of address is read, and says where to look."""
     assert page_of(uri) == page
 
 
 @pytest.mark.parametrize("uri", ["", "http://example.org/x", "civitai:7813", "hf:owner/file", "file:///etc/passwd", "C:\\models\\x.safetensors"])
 def test_other_addresses_are_refused(uri):
-    """Plain http, unpinned versions and local files are no addresses.
-    """
+    """Plain http, unpinned versions and local files are no addresses."""
     with pytest.raises(UriError):
         page_of(uri)
 
 
 def test_a_bad_address_in_a_recipe_is_named_with_its_line(space: Space):
-    """An address nobody can read is a mistake in the recipe, found before anything else.
-    """
+    """An address nobody can read is a mistake in the recipe, found before anything else."""
     space.pair()
     space.edit('path = "B.safetensors"', 'uri = "civitai:7813"')
     with pytest.raises(RecipeError, match=r"recipe.toml:9: source `B`: `civitai:7813` is not an address sdbuild knows"):

@@ -55,8 +55,7 @@ def webui_add_difference(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, mult
 @pytest.mark.parametrize("dtypes", [{}, {"A": "F32", "B": "F32", "C": "F32"}, {"B": "F32"}, {"A": "F32"}, {"A": "BF16", "B": "BF16"}], ids=str)
 @pytest.mark.parametrize("multiplier", [0.3, 0.7, 0.65, 1.2, -0.4])
 def test_native_arithmetic_is_that_of_automatic1111(space: Space, dtypes, multiplier):
-    """With `compute = "native"` a weighted sum has the bytes that AUTOMATIC1111 writes, saved as half or as it is.
-    """
+    """With `compute = "native"` a weighted sum has the bytes that AUTOMATIC1111 writes, saved as half or as it is."""
     for dtype, saved in (("fp16", torch.float16), ("keep", None)):
         models = lay_down(space, f'method = "weighted_sum"\na = "A"\nb = "B"\nalpha = {multiplier}\ncompute = "native"\ndtype = "{dtype}"', **dtypes)
         space.build()
@@ -65,15 +64,16 @@ def test_native_arithmetic_is_that_of_automatic1111(space: Space, dtypes, multip
             expected = webui_weighted_sum(models["A"][name], models["B"][name], multiplier)
             expected = expected if saved is None else expected.to(saved)
             assert mix[name].dtype == expected.dtype
-            assert mix[name].view(torch.int16 if mix[name].dtype.itemsize == 2 else torch.int32).equal(
-                expected.view(torch.int16 if expected.dtype.itemsize == 2 else torch.int32)
+            assert (
+                mix[name]
+                .view(torch.int16 if mix[name].dtype.itemsize == 2 else torch.int32)
+                .equal(expected.view(torch.int16 if expected.dtype.itemsize == 2 else torch.int32))
             ), name
 
 
 @pytest.mark.parametrize("step", ['method = "add_difference"\na = "A"\nb = "B"\nc = "C"\nalpha = 0.8', 'formula = "A + 0.8 * (B - C)"'])
 def test_native_add_difference_is_that_of_automatic1111(space: Space, step):
-    """With `compute = "native"` add difference has AUTOMATIC1111's bytes, written as a method or as a formula.
-    """
+    """With `compute = "native"` add difference has AUTOMATIC1111's bytes, written as a method or as a formula."""
     models = lay_down(space, step + '\ncompute = "native"')
     space.build()
 
@@ -82,8 +82,7 @@ def test_native_add_difference_is_that_of_automatic1111(space: Space, step):
 
 
 def test_native_and_float32_arithmetic_differ(space: Space):
-    """Rounding after every operation is not rounding once: the choice is real.
-    """
+    """Rounding after every operation is not rounding once: the choice is real."""
     lay_down(space, 'formula = "0.3 * A + 0.7 * B"')
     space.build()
     once = space.load("mix")["matrix.weight"]
@@ -110,16 +109,14 @@ def oracle(value: float, dtype: str) -> float:
 
 @given(st.floats(-60000, 60000, allow_subnormal=True), st.sampled_from(["fp16", "bf16"]))
 def test_float64_is_rounded_once(value, dtype):
-    """Rounding float64 to sixteen bits equals exact rounding, though torch has to go by way of float32.
-    """
+    """Rounding float64 to sixteen bits equals exact rounding, though torch has to go by way of float32."""
     target = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
 
     assert rounded(torch.tensor([value], dtype=torch.float64), target).item() == oracle(value, dtype)
 
 
 def test_torch_alone_would_round_float64_twice():
-    """The case the rounding above exists for: a value just above a tie, which float32 turns into the tie.
-    """
+    """The case the rounding above exists for: a value just above a tie, which float32 turns into the tie."""
     value = 1 + 2**-11 + 2**-40
 
     assert torch.tensor([value], dtype=torch.float64).to(torch.float16).item() == 1.0
@@ -138,8 +135,7 @@ def test_torch_alone_would_round_float64_twice():
     ],
 )
 def test_ratios_of_zero_and_one_copy_exactly(space: Space, step, parent):
-    """An effective ratio of 0 or 1 copies the parent's bits, signed zeros included, even where the other parent is damaged.
-    """
+    """An effective ratio of 0 or 1 copies the parent's bits, signed zeros included, even where the other parent is damaged."""
     models = lay_down(space, step)
     models[parent]["bias"][:2] = torch.tensor([-0.0, 0.0])
     space.checkpoint(parent, models[parent])
@@ -154,11 +150,14 @@ def test_ratios_of_zero_and_one_copy_exactly(space: Space, step, parent):
 
 
 def test_whole_numbers_are_never_averaged(space: Space):
-    """Integer and bool tensors are those of the first model.
-    """
+    """Integer and bool tensors are those of the first model."""
     models = lay_down(space, 'formula = "0.5 * A + 0.5 * B"')
     for n, name in enumerate("AB"):
-        models[name] |= {"ids": torch.arange(77).reshape(1, 77) + n, "mask": torch.tensor([True, False, bool(n)]), "count": torch.tensor(n, dtype=torch.int32)}
+        models[name] |= {
+            "ids": torch.arange(77).reshape(1, 77) + n,
+            "mask": torch.tensor([True, False, bool(n)]),
+            "count": torch.tensor(n, dtype=torch.int32),
+        }
         space.checkpoint(name, models[name])
     space.build()
     mix = space.load("mix")
@@ -170,8 +169,7 @@ def test_whole_numbers_are_never_averaged(space: Space):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_refused_by_name(space: Space, bad):
-    """A parent with infinite or undefined values fails the artifact, names tensor and parent, and leaves nothing behind.
-    """
+    """A parent with infinite or undefined values fails the artifact, names tensor and parent, and leaves nothing behind."""
     models = lay_down(space, 'formula = "0.5 * A + 0.5 * B"')
     models["B"]["conv.weight"][3, 2, 1, 0] = bad
     space.checkpoint("B", models["B"])
@@ -184,8 +182,7 @@ def test_values_that_are_not_finite_are_refused_by_name(space: Space, bad):
 
 
 def test_a_result_too_large_for_its_dtype_is_refused(space: Space):
-    """A sum that overflows float16 is refused, with the largest value the dtype holds.
-    """
+    """A sum that overflows float16 is refused, with the largest value the dtype holds."""
     models = lay_down(space, 'formula = "A + B"')
     for name in "AB":
         models[name]["bias"][5] = 40000.0
@@ -197,8 +194,7 @@ def test_a_result_too_large_for_its_dtype_is_refused(space: Space):
 
 
 def test_values_that_are_not_finite_pass_when_allowed(space: Space):
-    """With `nonfinite = "allow"` they are passed on.
-    """
+    """With `nonfinite = "allow"` they are passed on."""
     models = lay_down(space, 'formula = "0.5 * A + 0.5 * B"\nnonfinite = "allow"')
     models["B"]["bias"][5] = float("inf")
     space.checkpoint("B", models["B"])
@@ -208,8 +204,7 @@ def test_values_that_are_not_finite_pass_when_allowed(space: Space):
 
 
 def test_an_artifact_is_consumed_as_it_was_rounded(space: Space):
-    """Who consumes an artifact consumes its sixteen-bit values, whether it is made in the same run or was stored before.
-    """
+    """Who consumes an artifact consumes its sixteen-bit values, whether it is made in the same run or was stored before."""
     models = lay_down(space, 'formula = "0.3 * A + 0.7 * B"\nartifact = true\n[step.outer]\nformula = "0.6 * mix + 0.4 * C"')
     a, b, c = (models[m]["matrix.weight"].numpy().astype(np.float32) for m in "ABC")
     inner = (a * np.float32(0.3) + b * np.float32(0.7)).astype(np.float16).astype(np.float32)
@@ -224,8 +219,7 @@ def test_an_artifact_is_consumed_as_it_was_rounded(space: Space):
 
 
 def test_an_intermediate_step_stays_in_float32(space: Space):
-    """A step that nobody keeps is not rounded to sixteen bits on the way.
-    """
+    """A step that nobody keeps is not rounded to sixteen bits on the way."""
     models = lay_down(space, 'formula = "0.3 * A + 0.7 * B"\n[step.outer]\nformula = "0.6 * mix + 0.4 * C"')
     a, b, c = (models[m]["matrix.weight"].numpy().astype(np.float32) for m in "ABC")
     expected = ((a * np.float32(0.3) + b * np.float32(0.7)) * np.float32(0.6) + c * np.float32(0.4)).astype(np.float16)
@@ -236,8 +230,7 @@ def test_an_intermediate_step_stays_in_float32(space: Space):
 
 @pytest.mark.parametrize("ratio", ["0.3", "0.30", "3e-1"])
 def test_equal_numbers_are_equal_however_they_are_written(space: Space, ratio):
-    """0.3 and 0.30 are one ratio, and one key.
-    """
+    """0.3 and 0.30 are one ratio, and one key."""
     lay_down(space, f'method = "weighted_sum"\na = "A"\nb = "B"\nalpha = {ratio}')
 
     assert space.build().wishes[0].tensor_key == space_key(space)
@@ -251,8 +244,7 @@ def space_key(space: Space) -> str:
 
 
 def test_copy_picks_drops_and_converts(space: Space):
-    """`copy` keeps what is picked and not dropped, in the dtype asked for; `keep` leaves every dtype alone.
-    """
+    """`copy` keeps what is picked and not dropped, in the dtype asked for; `keep` leaves every dtype alone."""
     models = lay_down(space, 'method = "copy"\na = "A"\npick = ["*.weight", "bias"]\ndrop = ["conv.*"]\ndtype = "fp32"', A="BF16")
     space.build()
     mix = space.load("mix")
@@ -262,8 +254,7 @@ def test_copy_picks_drops_and_converts(space: Space):
 
 
 def test_keep_takes_the_widest_dtype_of_the_parents(space: Space):
-    """With `dtype = "keep"`, float16 and bfloat16 parents make a float32 child, as torch promotes them.
-    """
+    """With `dtype = "keep"`, float16 and bfloat16 parents make a float32 child, as torch promotes them."""
     lay_down(space, 'formula = "0.5 * A + 0.5 * B"\ndtype = "keep"', A="F16", B="BF16")
     space.build()
 
