@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from sdmerge_build.tensorfile import Layout, lay_out, read_header
 from sdmerge_build.writer import Written
 
 __all__ = ["Report", "build", "plan_build"]
+
+
+_MOST_NAMED = 4  # artifacts whose names fit beside a progress bar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +87,7 @@ class _TorchImport:
     def start(self) -> None:
         """Begin, unless begun."""
         if self._thread is None:
+            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch looks for it; nothing here needs it
             self._thread = threading.Thread(target=importlib.import_module, args=("sdmerge_build.merge",), daemon=True)
             self._thread.start()
 
@@ -177,7 +182,8 @@ class _Run:
         targets = [folder / f"{output.name}.safetensors" for output in walk.outputs]
         before = {leaf.path: Snapshot.of(leaf.path) for leaf in walk.leaves}
         merge = torch.module()
-        self._watcher.started(", ".join(output.name for output in walk.outputs), walk.bytes_written)
+        names = [output.name for output in walk.outputs]
+        self._watcher.started(", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} artifacts", walk.bytes_written)
         results = merge.run(walk, targets, self._options.jobs, self._watcher.advanced, keep_going=self._options.keep_going)
         self._watcher.finished()
         for path, snapshot in before.items():

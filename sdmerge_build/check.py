@@ -14,11 +14,15 @@ from sdmerge_build.architectures import GENERIC, recognise
 from sdmerge_build.blend import Blend, blend_of
 from sdmerge_build.dtypes import FLOATS, KEEP, MERGEABLE, promote
 from sdmerge_build.errors import Issue, named_briefly
+from sdmerge_build.files import readable_size
 from sdmerge_build.plan import Plan, Step
 from sdmerge_build.ratio import Ratio
 from sdmerge_build.tensorfile import Header, Spec
 
 __all__ = ["Checked", "Operation", "check"]
+
+_MUCH = 100_000_000  # bytes of unmerged tensors that are worth a figure
+_UNUSUAL = 2.0  # ratios beyond this are probably a slip of the decimal point
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +89,7 @@ class _StepChecker:
         self._inputs = [checked.tensors[i] for i in step.inputs]
         self._complaints: dict[tuple[str, str], list[str]] = {}  # (what is said, hint) → tensors
         self._kept: dict[str, list[str]] = {}
+        self._strange: dict[str, float] = {}
         self._blends: dict[tuple[Any, ...], tuple[Blend | None, tuple[int, ...]]] = {}
 
     def run(self) -> None:
@@ -112,7 +117,9 @@ class _StepChecker:
         self._checked.operations[self._step.name] = operations
         self._warn_of_shares()
         for what, names in self._kept.items():
-            self._checked.notes.append(f"step `{self._step.name}` {what}: {named_briefly(names)}")
+            size = sum(tensors[name].nbytes for name in names if name in tensors)
+            amount = f" ({len(names)} tensors, {readable_size(size)})" if size > _MUCH else ""
+            self._checked.notes.append(f"step `{self._step.name}` {what}{amount}: {named_briefly(names)}")
 
     def _complain(self, what: str, tensor: str = "", hint: str = "") -> None:
         self._complaints.setdefault((what, hint), []).append(tensor)
@@ -125,13 +132,13 @@ class _StepChecker:
         """Decide how a tensor is made; None when it is left out or complained of."""
         holders = [n for n, tensors in enumerate(self._inputs) if name in tensors]
         specs = [self._inputs[n][name] for n in holders]
-        if self._plan.architecture.is_constant(name):
-            return _copy_of(holders[0], specs[0].dtype)
         if len(holders) < len(self._inputs):
-            return self._incomplete(name, holders, specs)
+            return self._incomplete(name, holders, specs[0])
+        if self._plan.architecture.is_constant(name):
+            return _copy_of(0, specs[0].dtype)
         if len({spec.shape for spec in specs}) > 1:
             if self._step.mismatch == "keep":
-                self._kept.setdefault(f"keeps the shape of `{self._step.inputs[0]}`", []).append(name)
+                self._keep(f"takes unmerged from `{self._step.inputs[0]}` what has other shapes elsewhere", name)
                 return self._copy(name, 0, specs[0])
             return self._complain(*self._shape_complaint(name, specs))
         kinds = {spec.dtype in FLOATS for spec in specs}
@@ -142,22 +149,26 @@ class _StepChecker:
             return self._complain(f"would mix whole numbers with fractions ({types})", name)
         return self._merge(name, specs)
 
-    def _incomplete(self, name: str, holders: Sequence[int], specs: Sequence[Spec]) -> Operation | None:
-        """Decide what to do with a tensor that only some models have."""
-        step, first = self._step, holders[0]
+    def _incomplete(self, name: str, holders: Sequence[int], spec: Spec) -> Operation | None:
+        """Decide what to do with a tensor that only some models have: as the step says, and if it does not say, as the architecture allows."""
+        step, architecture, holder = self._step, self._plan.architecture, self._step.inputs[holders[0]]
         lacking = ", ".join(f"`{step.inputs[n]}`" for n in range(len(self._inputs)) if n not in holders)
-        if self._plan.architecture.may_lack(name):
-            self._kept.setdefault(f"takes from `{step.inputs[first]}` what {lacking} need not have", []).append(name)
-            return self._copy(name, first, specs[0])
-        field, policy = ("missing", step.missing) if first == 0 else ("extra", step.extra)
-        if policy == "keep":
-            self._kept.setdefault(f"keeps from `{step.inputs[first]}` what {lacking} lacks", []).append(name)
-            return self._copy(name, first, specs[0])
+        field, policy = ("missing", step.missing) if holders[0] == 0 else ("extra", step.extra)
         if policy == "drop":
-            self._kept.setdefault(f"drops what {lacking} lacks", []).append(name)
-            return None
-        choices = '"keep"' if field == "missing" else '"keep" or "drop"'
-        return self._complain(f"needs tensors that {lacking} lacks", name, f"write `{field} = {choices}` if that is meant")
+            return self._keep(f"leaves out what {lacking} lacks", name)
+        if policy == "error" and not architecture.may_lack(name):
+            advice = f'write `{field} = "keep"` to take them from `{holder}`' + (
+                ', or `extra = "drop"` to leave them out' if field == "extra" else ""
+            )
+            return self._complain(f"needs tensors that {lacking} lacks", name, advice)
+        if architecture.is_constant(name):
+            return _copy_of(holders[0], spec.dtype)
+        self._keep(f"takes from `{holder}` what {lacking} lacks", name)
+        return self._copy(name, holders[0], spec)
+
+    def _keep(self, what: str, tensor: str) -> None:
+        """Note what is done with a tensor that not every model has."""
+        self._kept.setdefault(what, []).append(tensor)
 
     def _shape_complaint(self, name: str, specs: Sequence[Spec]) -> tuple[str, str, str]:
         families = [recognise(tensors) for tensors in self._inputs]
@@ -166,7 +177,11 @@ class _StepChecker:
             return f"mixes architectures ({shown}), so shapes differ", name, ""
         shapes = " and ".join("×".join(map(str, spec.shape)) or "scalar" for spec in specs)
         is_input = name.endswith("input_blocks.0.0.weight")
-        hint = "nine input channels belong to an inpainting model" if is_input and any(s.shape[1:2] == (9,) for s in specs) else ""
+        hint = (
+            'nine input channels belong to an inpainting model; `mismatch = "keep"` takes that tensor unmerged from the first model'
+            if is_input and any(s.shape[1:2] == (9,) for s in specs)
+            else ""
+        )
         return f"has models of different shapes ({shapes})", name, hint
 
     def _merge(self, name: str, specs: Sequence[Spec]) -> Operation | None:
@@ -174,6 +189,9 @@ class _StepChecker:
         if unreadable := [spec.dtype for spec in specs if spec.dtype not in MERGEABLE]:
             return self._complain(f"cannot compute with {unreadable[0]}", name)
         params = {key: _for_tensor(value, name, self._plan) for key, value in step.params.items()}
+        for parameter, value in params.items():
+            if isinstance(value, float) and abs(value) > _UNUSUAL:
+                self._strange[parameter] = value
         key = tuple(params.values())
         if key not in self._blends:
             self._blends[key] = _shares(step, len(specs), params)
@@ -200,7 +218,9 @@ class _StepChecker:
         return _copy_of(source, self._step.dtype)
 
     def _warn_of_shares(self) -> None:
-        """Note shares that do not sum to 1: meant, perhaps, but the weights will not have the size of a model's."""
+        """Note shares that do not sum to 1, and ratios far out: meant, perhaps, but the weights will not have the size of a model's."""
+        for parameter, value in self._strange.items():
+            self._checked.notes.append(f"`{parameter}` of step `{self._step.name}` is {value:g}; ratios usually lie between 0 and 1")
         totals = {round(blend.total(), 6) for blend, _ in self._blends.values() if blend}
         if odd := sorted(totals - {1.0}):
             self._checked.notes.append(f"the shares of step `{self._step.name}` sum to {', '.join(f'{total:g}' for total in odd)}, not to 1")

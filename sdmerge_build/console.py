@@ -102,8 +102,8 @@ class Live:
 
 def print_issues(issues: Sequence[Issue]) -> None:
     """Print errors in the one grammar: `error: where: what`, a blank line, `hint: …`."""
-    for issue in issues:
-        print(f"error: {issue}", file=sys.stderr)
+    if issues:
+        print("\n\n".join(f"error: {issue}" for issue in issues), file=sys.stderr)
 
 
 def report_as_text(report: Report, *, is_plan: bool, explains: bool) -> Iterator[str]:
@@ -117,7 +117,7 @@ def report_as_text(report: Report, *, is_plan: bool, explains: bool) -> Iterator
             line += f"  {wish.target}  {readable_size(wish.stored.size)}  model hash {wish.stored.sha256[:10]}"
         yield line.rstrip()
         if explains or is_plan:
-            yield from (f"    {reason}" for reason in wish.reasons or ["its key is in the store"])
+            yield from (f"    {reason}" for reason in wish.reasons or ["unchanged since it was built"])
     yield _summary(report, is_plan=is_plan)
 
 

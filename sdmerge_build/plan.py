@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -17,10 +18,10 @@ from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest
 from sdmerge_build.formula import FormulaError, evaluate, names_in, parse_formula, show
 from sdmerge_build.methods import REQUIRED, Method, Parameter, methods
 from sdmerge_build.ratio import RatioError, read_ratio
-from sdmerge_build.recipe import Recipe, SourceTable, StepTable
+from sdmerge_build.recipe import FormError, Recipe, SourceTable, StepTable, read_recipe
 from sdmerge_build.sources import UriError, page_of
 
-__all__ = ["Plan", "Step", "plan_recipe"]
+__all__ = ["Plan", "Step", "plan_file", "plan_recipe"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,20 @@ class Plan:
             else:
                 stack += reversed(lacking)
         return list(found)
+
+
+def plan_file(path: Path, only: Collection[str] = ()) -> Plan:
+    """Read and plan a recipe. Raises `RecipeError` with everything that is wrong with its form and its meaning, in file order."""
+    try:
+        recipe = read_recipe(path)
+    except FormError as form:
+        try:
+            if form.sound:
+                plan_recipe(form.sound, only)
+        except RecipeError as meaning:
+            raise RecipeError(*in_file_order([*form.issues, *meaning.issues])) from form
+        raise
+    return plan_recipe(recipe, only)
 
 
 def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
@@ -132,7 +147,10 @@ class _StepReader:
         """Read what a step applies to what; None when an issue was found that leaves it without meaning."""
         if (step.formula is None) == (step.method is None):
             what = f"step `{name}` {'has both `formula` and' if step.formula else 'needs either `formula` or'} `method`"
-            return self._complain(name, what=what)
+            inner = next(
+                (key for key, value in (step.model_extra or {}).items() if isinstance(value, dict) and not step.model_fields_set - {key}), ""
+            )
+            return self._complain(name, what=what, hint=f'a name with a dot needs quotes: [step."{name}.{inner}"]' if inner else "")
         return self._formula(name, step) if step.formula else self._method(name, step)
 
     def finish(self, name: str, call: _Call | None, *, is_artifact: bool) -> Step:

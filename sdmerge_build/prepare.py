@@ -14,14 +14,16 @@ from sdmerge_build.events import State, Watcher
 from sdmerge_build.keys import Description, artifact_key, describe_all, differences
 from sdmerge_build.lineage import metadata_of
 from sdmerge_build.manifest import described_in, manifest_path
-from sdmerge_build.plan import Plan, Step, plan_recipe
-from sdmerge_build.recipe import read_recipe
+from sdmerge_build.plan import Plan, Step, plan_file
 from sdmerge_build.rehearse import stand_ins
 from sdmerge_build.sources import Found, Search, find_sources
 from sdmerge_build.store import Store, Stored
 from sdmerge_build.tensorfile import read_header
 
 __all__ = ["Options", "Prepared", "Wish", "joined", "prepare"]
+
+
+_DERIVED = ("sdbuild.lineage", "sd_merge_recipe", "sd_merge_models")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,7 @@ def prepare(path: Path, options: Options, watcher: Watcher, on_read: Callable[[]
 
     Raises what is wrong with the recipe, and, unless `options.keep_going`, every source that is not to be had.
     """
-    plan = plan_recipe(read_recipe(path), only=options.only)
+    plan = plan_file(path, only=options.only)
     store = Store(options.store_root)
     if options.rehearse:
         plan = _rehearsed(plan, options, watcher)
@@ -156,6 +158,7 @@ def _look_up(wish: Wish, prepared: Prepared, rehearsal: str) -> None:
 def _changed_metadata(stored: Stored, metadata: dict[str, str]) -> list[str]:
     old = read_header(stored.path).metadata
     names = sorted(name for name in {*old, *metadata} if old.get(name) != metadata.get(name))
+    names = [name for name in names if name not in _DERIVED] or names  # these repeat what other fields say
     return [f"metadata.{name} = {_brief(old.get(name))} → {_brief(metadata.get(name))}" for name in names]
 
 

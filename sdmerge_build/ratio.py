@@ -87,6 +87,9 @@ def read_ratio(value: Any, architecture: Architecture) -> Ratio:
 
 def _number(value: Any, what: str) -> float:
     """Read a finite number; the two zeros are one."""
+    if isinstance(value, str):
+        advice = 'block weights are written `{ mbw = "0.5,0,…" }`' if "," in value else "write the number without quotes"
+        raise RatioError(f"has text as {what}: {value[:40]!r}", advice)
     try:
         number = float(value) if type(value) in {int, float} else math.nan
     except OverflowError:
@@ -103,20 +106,27 @@ def _read_mbw(text: Any, base: float | None, architecture: Architecture) -> dict
     if not names:
         message = f"has `mbw`, but {architecture.title} has no blocks"
         raise RatioError(message, "use `rules` with globs over tensor names")
-    try:
-        values = [float(item) for item in str(text).split(",")]
-    except ValueError as error:
-        message = f"has an `mbw` that is not numbers between commas: {error}"
-        raise RatioError(message) from error
+    if not isinstance(text, str):
+        raise RatioError("has an `mbw` that is not text", 'write `mbw = "0.5,0,…"`')
+    values = [_read_weight(n, item) for n, item in enumerate(text.split(","), 1)]
     if base is not None and len(values) == len(names):
         message = f"has both `base` and an `mbw` of {len(values)} values, the first of which is BASE"
         raise RatioError(message, "leave one of them out")
     wanted = len(names) if base is None else len(names) - 1
     if len(values) != wanted:
         message = f"has an `mbw` of {len(values)} values; {architecture.title} takes {wanted} {'with' if base is None else 'without'} BASE"
-        raise RatioError(message, f"the order is {', '.join(names[len(names) - wanted :][:3])}, …, {names[-1]}")
-    values = [_number(v, "an `mbw` value") for v in values]
+        without = "; to leave BASE out, write `base` beside `mbw`" if len(values) == wanted - 1 else ""
+        raise RatioError(message, f"the order is {', '.join(names[len(names) - wanted :][:3])}, …, {names[-1]}{without}")
     return dict(zip(names, values if base is None else [base, *values], strict=True))
+
+
+def _read_weight(n: int, text: str) -> float:
+    try:
+        return _number(float(text), f"value {n} of `mbw`")
+    except ValueError as error:
+        if isinstance(error, RatioError):
+            raise
+        raise RatioError(f"has {text.strip()[:40]!r} as value {n} of `mbw`, which is not a number", "leave out a preset's name") from None
 
 
 def _read_blocks(table: Any, architecture: Architecture) -> Iterator[tuple[set[str], float]]:

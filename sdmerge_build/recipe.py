@@ -18,10 +18,11 @@ from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest
 from sdmerge_build.matrix import MAX_STEPS, expand_matrix
 from sdmerge_build.tomltext import Lines, read_toml
 
-__all__ = ["Defaults", "Recipe", "RecipeTable", "SourceTable", "StepTable", "read_recipe"]
+__all__ = ["Defaults", "FormError", "Recipe", "RecipeTable", "SourceTable", "StepTable", "read_recipe"]
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_UNFILLED = re.compile(r".\{\w+\}|\{\w+\}.")
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|\.+.*|.*\.")  # Windows devices, hidden files, trailing dots
 
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
@@ -109,6 +110,14 @@ class Recipe:
         return self.lines.where(*address)
 
 
+class FormError(RecipeError):
+    """The form of a recipe is wrong; `sound` is what is left without the fields at fault, if that still is a recipe to be understood."""
+
+    def __init__(self, *issues: Issue, sound: Recipe | None = None) -> None:
+        super().__init__(*issues)
+        self.sound = sound
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe. Raises `RecipeError` with everything that is wrong with its form, in file order."""
     table, lines = read_toml(path)
@@ -118,16 +127,37 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(Issue(where=lines.where("recipe"), what=what, hint="a newer sdbuild may read it"))
     issues: list[Issue] = []
     templates = _expand_steps(table, lines, issues)
-    digest = blake3_hex(lines.text.encode())
-    try:
-        recipe = Recipe(path=path, digest=digest, table=RecipeTable.model_validate(table), lines=lines, templates=templates)
-    except ValidationError as error:
-        found = [_issue(e, lines, templates) for e in error.errors(include_url=False)]
-        raise RecipeError(*in_file_order(issues + found)) from error
-    issues += _bad_names(recipe)
-    if issues:
-        raise RecipeError(*in_file_order(issues))
+    is_whole = not issues  # a matrix that could not be spelled out leaves names undefined that are not
+    recipe = _validated(path, table, lines, templates, issues)
+    if recipe:
+        issues += _bad_names(recipe)
+    if issues or not recipe:
+        raise FormError(*in_file_order(issues), sound=recipe if is_whole else None)
     return recipe
+
+
+def _validated(path: Path, table: dict[str, Any], lines: Lines, templates: Mapping[str, str], issues: list[Issue]) -> Recipe | None:
+    """Validate a recipe's form; when only fields that can be left out are at fault, what is left is returned beside the issues."""
+    digest = blake3_hex(lines.text.encode())
+    for _ in range(2):
+        try:
+            return Recipe(path=path, digest=digest, table=RecipeTable.model_validate(table), lines=lines, templates=templates)
+        except ValidationError as error:
+            mistakes = error.errors(include_url=False)
+            issues += [_issue(mistake, lines, templates) for mistake in mistakes]
+            if not all(_leave_out(table, mistake) for mistake in mistakes):
+                return None
+    return None
+
+
+def _leave_out(table: dict[str, Any], mistake: Any) -> bool:
+    """Take a field at fault out of a recipe, where what is left still means something."""
+    *around, field = mistake["loc"]
+    if mistake["type"] not in {"extra_forbidden", "literal_error", "string_pattern_mismatch"} or field == "recipe":
+        return False
+    for part in around:
+        table = table[part]
+    return table.pop(field, None) is not None
 
 
 def _expand_steps(table: dict[str, Any], lines: Lines, issues: list[Issue]) -> dict[str, str]:
@@ -160,7 +190,11 @@ def _bad_names(recipe: Recipe) -> list[Issue]:
         for name in names:
             where = recipe.where(kind, name)
             if not _NAME.fullmatch(name) or _RESERVED.fullmatch(name):
-                hint = "use up to 128 letters, digits, `-`, `_` and `.`, not beginning or ending with a dot, and no Windows device name"
+                hint = (
+                    "`{…}` in a name needs a `matrix` that says its values"
+                    if "{" in name
+                    else "use up to 128 letters, digits, `-`, `_` and `.`, not beginning or ending with a dot, and no Windows device name"
+                )
                 issues.append(Issue(where=where, what=f"`{name[:128]}` cannot be the name of a {kind}", hint=hint))
             elif (twin := seen.setdefault(name.casefold(), f"{kind} `{name}`")) != f"{kind} `{name}`":
                 issues.append(
@@ -182,11 +216,14 @@ def _issue(error: Any, lines: Lines, templates: Mapping[str, str]) -> Issue:
         case "missing":
             return Issue(where=where, what=f"{table} lacks `{field}`", hint=_MISSING_HINTS.get(field, ""))
         case "literal_error":
-            return Issue(where=where, what=f"`{field}` is {error['input']!r}; it must be {error['ctx']['expected'].replace(chr(39), '`')}")
+            expected = error["ctx"]["expected"].replace("'", "`")
+            hint = nearest(str(error["input"]).replace("float", "fp"), expected.replace(" or ", ", ").replace("`", "").split(", "))
+            return Issue(where=where, what=f"`{field}` is {error['input']!r}; it must be {expected}", hint=hint)
         case "string_pattern_mismatch":
             said = str(error["input"])
             wrong = f"has {len(said)} characters" if len(said) != 64 else f"holds {next(c for c in said if c not in '0123456789abcdefABCDEF')!r}"
-            return Issue(where=where, what=f"`{field}` of {table} must be 64 hex digits, but {wrong}")
+            hint = "this is the short model hash; `sdbuild inspect FILE` prints the whole" if len(said) in {8, 10, 12} else ""
+            return Issue(where=where, what=f"`{field}` of {table} must be 64 hex digits, but {wrong}", hint=hint)
         case "model_type" | "dict_type":
             return Issue(where=where, what=f"`{field}` of {table} is {repr(error['input'])[:60]}; it must be a table")
         case _:

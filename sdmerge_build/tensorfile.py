@@ -156,7 +156,7 @@ def _other_format(start: bytes) -> str:
         return "it is a web page, probably a login page saved in place of the model"
     if start.startswith(b"version https"):
         return "it is a Git LFS pointer; fetch the file that it stands for"
-    return "is the download complete?"
+    return "is it a safetensors file, and is the download complete?"
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

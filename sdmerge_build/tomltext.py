@@ -49,9 +49,11 @@ class Lines:
 
     def where(self, *address: str | int) -> str:
         """Name the file and the line of a table or field, or of the nearest thing around it."""
-        for end in range(len(address), 0, -1):
-            if line := self._lines.get(address[:end]):
-                return f"{self._path}:{line}"
+        inside = (line for place, line in self._lines.items() if address and place[: len(address)] == address)
+        around = (self._lines.get(address[:end], 0) for end in range(len(address) - 1, 0, -1))
+        line = self._lines.get(address) or min(inside, default=0) or next(filter(None, around), 0)
+        if line:
+            return f"{self._path}:{line}"
         return str(self._path)
 
 
@@ -66,7 +68,9 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Lines]:
     except tomllib.TOMLDecodeError as error:
         what, _, place = str(error).partition(" (at ")
         line = re.match(r"line (\d+), ", place)
-        raise RecipeError(Issue(where=f"{where}:{line[1] if line else text.count(chr(10)) + 1}", what=_lowercase(what))) from error
+        raise RecipeError(
+            Issue(where=f"{where}:{line[1] if line else text.count(chr(10)) + 1}", what=_lowercase(what), hint=_advice(what))
+        ) from error
     except (ValueError, RecursionError) as error:
         what = "a number has too many digits" if "digits" in str(error) else f"cannot be read as TOML: {error}"
         raise RecipeError(Issue(where=where, what=what)) from error
@@ -184,6 +188,15 @@ def _address(line: str) -> Address:
         key, value = next(iter(value.items()))
         address.append(key)
     return tuple(address)
+
+
+def _advice(complaint: str) -> str:
+    """Say what people usually meant by what tomllib refuses."""
+    if "\\" in complaint or "escape" in complaint.lower():
+        return "in a path write / for \\, or put it in single quotes"
+    if complaint.startswith(("Invalid value", "Expected newline")):
+        return "text stands in quotes, names with spaces too; numbers are written 0.5, not .5 or 0,5"
+    return ""
 
 
 def _lowercase(message: str) -> str:

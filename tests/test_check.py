@@ -56,9 +56,9 @@ def test_every_mismatch_is_reported_at_once(space: Space):
     text = complaints(space)
 
     assert f"step `mix` needs tensors that `B` lacks: `{names[0]}`, `{names[1]}`" in text
-    assert 'write `missing = "keep"`' in text
+    assert 'write `missing = "keep"` to take them from `A`' in text
     assert "step `mix` needs tensors that `A` lacks: `model.diffusion_model.control.weight`" in text
-    assert 'write `extra = "keep" or "drop"`' in text
+    assert 'write `extra = "keep"` to take them from `B`, or `extra = "drop"` to leave them out' in text
     assert (
         f"has models of different shapes ({'×'.join(map(str, checkpoints.miniature('sd1', 'B', every=40)[names[2]].shape))} and 2×2): `{names[2]}`"
         in text
@@ -81,7 +81,7 @@ def test_policies_keep_and_drop_with_a_note(space: Space):
     assert mix[names[1]].equal(a[names[1]])
     assert set(mix) == set(a)
     assert len(report.warnings) == 3
-    assert f"step `mix` keeps from `A` what `B` lacks: `{names[0]}`" in report.warnings
+    assert f"step `mix` takes from `A` what `B` lacks: `{names[0]}`" in report.warnings
 
 
 def test_optional_tensors_are_kept_from_whoever_has_them(space: Space):
@@ -100,7 +100,29 @@ def test_optional_tensors_are_kept_from_whoever_has_them(space: Space):
     assert mix["betas"].equal(b["betas"])
     assert mix[position].equal(b[position])
     assert mix["model_ema.diffusion_modelout2bias"].dtype == torch.float16
-    assert any("takes from `B` what `A` need not have" in note for note in report.warnings)
+    assert any("takes from `B` what `A` lacks" in note for note in report.warnings)
+
+
+def test_what_a_step_says_of_extra_tensors_wins(space: Space):
+    """
+    EMA weights and constants that only a later parent has are left out when the step says so.
+    """
+    space.pair(PAIR + 'extra = "drop"\n')
+    b = checkpoints.miniature("sd1", "B", every=40) | {"betas": torch.linspace(0, 1, 1000), "model_ema.diffusion_modelout2bias": torch.ones(4)}
+    space.checkpoint("B", b)
+    report = space.build()
+
+    assert set(space.load("mix")) == set(checkpoints.miniature("sd1", "A", every=40))
+    assert report.warnings == ("step `mix` leaves out what `A` lacks: `betas`, `model_ema.diffusion_modelout2bias`",)
+
+
+def test_a_ratio_far_out_is_a_warning(space: Space):
+    """
+    `alpha = 50` is built, and said to be unusual.
+    """
+    space.pair(PAIR.replace('formula = "0.3 * A + 0.7 * B"', 'method = "weighted_sum"\na = "A"\nb = "B"\nalpha = 50'))
+
+    assert "`alpha` of step `mix` is 50; ratios usually lie between 0 and 1" in space.build().warnings
 
 
 def test_position_ids_are_not_averaged_even_as_fractions(space: Space):

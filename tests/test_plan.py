@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdmerge_build.errors import Issue, RecipeError
-from sdmerge_build.plan import Plan, Step, plan_recipe
+from sdmerge_build.plan import Plan, Step, plan_file, plan_recipe
 from sdmerge_build.ratio import Ratio
 from sdmerge_build.recipe import read_recipe
 
@@ -389,3 +389,19 @@ def test_a_whole_number_beyond_floats_is_a_mistake_in_the_recipe(space: Space):
     """
     [issue] = issues_of(space, f'[step.mix]\nmethod = "weighted_sum"\na = "A"\nb = "B"\nalpha = {"9" * 400}\n')
     assert f"{space.path / 'recipe.toml'}:13" == issue.where
+
+
+def test_mistakes_of_form_and_of_meaning_are_told_together(space: Space):
+    """
+    Unknown fields and words do not hide names, methods and formulas that mean nothing.
+    """
+    text = HEAD + (
+        '[defaults]\ndtypes = "fp16"\n[step.one]\nformula = "A + Q"\ndtype = "fp17"\n'
+        '[step.two]\nmethod = "wieghted_sum"\na = "A"\n[step.three]\nmethod = "weighted_sum"\na = "A"\nalpha = 0.5\n'
+    )
+    with pytest.raises(RecipeError) as caught:
+        plan_file(space.write("recipe.toml", text))
+    told = "\n".join(issue.what for issue in caught.value.issues)
+
+    for mistake in ("unknown field `dtypes`", "names `Q`", "`dtype` is 'fp17'", "method `wieghted_sum`, which does not exist", "`three` lacks `b`"):
+        assert mistake in told

@@ -236,7 +236,7 @@ def test_a_name_that_some_file_system_cannot_hold_is_refused(space: Space, kind:
     [(line, what, hint)] = complaints(space, text)
     assert 7 == line
     assert what.endswith(f"cannot be the name of a {kind}")
-    assert hint.startswith("use up to 128 letters, digits")
+    assert hint.startswith("`{…}` in a name needs a `matrix`" if "{" in name else "use up to 128 letters, digits")
     assert what.isprintable()
 
 

@@ -62,6 +62,36 @@ def test_a_source_is_found_by_its_name(owned):
     assert states(owned.build(models=(owned.path / "models",))) == {"mix": "built"}
 
 
+def test_a_renamed_file_is_found_by_its_digest_all_the_same(owned):
+    """
+    A file name says where to look first; when it is not there, the digest finds the file under another name.
+    """
+    pinned(owned, "sha256", filename="as-it-was-called.safetensors")
+
+    assert states(owned.build(models=(owned.path / "models",))) == {"mix": "built"}
+
+
+def test_a_path_that_is_not_there_falls_back_to_the_pins(owned):
+    """
+    Where a source has a path and pins, and the path leads nowhere, the pins find the file.
+    """
+    pinned(owned, "sha256", path="gone.safetensors")
+
+    assert states(owned.build(models=(owned.path / "models",))) == {"mix": "built"}
+
+
+def test_many_files_of_one_size_are_counted_and_not_listed(owned):
+    """
+    Strangers that only share the size of a missing source are one line, not one each.
+    """
+    pinned(owned, "size", sha256="ab" * 32)
+    with pytest.raises(SourceError) as caught:
+        owned.build(models=(owned.path / "models",))
+
+    assert len(caught.value.issues) == 1
+    assert "2 other files in the folders of models could have been it, and are not" in str(caught.value)
+
+
 def test_a_name_with_other_content_is_not_taken(owned):
     """Where name and size fit but the content does not, the file is not taken, and both digests are quoted."""
     pinned(owned, "size", sha256="ab" * 32, filename="b-v2.safetensors")

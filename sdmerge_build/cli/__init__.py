@@ -38,14 +38,22 @@ class _Commands(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Options such as --models, --only and --dry-run: `sdbuild build --help`.",
+)
 @click.version_option(__version__, prog_name="sdbuild")
-def sdbuild() -> None:
+@click.pass_context
+def sdbuild(context: click.Context) -> None:
     """Build merged Stable Diffusion checkpoints from recipes.
 
     `sdbuild RECIPE.toml` builds what the recipe asks for, does only what is missing, and writes each
     artifact with a manifest of how it was made. Without models at hand, try `--rehearse`.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 for command in (build_command, inspect_command, methods_command):
@@ -85,7 +93,7 @@ def _run(args: list[str]) -> int:
         hint = f"`{error.ctx.command_path} --help` lists what there is" if isinstance(error, click.UsageError) and error.ctx else ""
         return _fail(2, [Issue(what=_plain(error.format_message()), hint=hint)], as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
-        return _fail(_INTERRUPTED, [Issue(what="interrupted; nothing unfinished was left behind")], as_json=as_json)
+        return _fail(_INTERRUPTED, [Issue(what="interrupted; what was finished is kept, nothing unfinished was left behind")], as_json=as_json)
     except BrokenPipeError:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  whoever read our output has gone; nothing more to say
         return 1

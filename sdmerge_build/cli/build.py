@@ -14,9 +14,8 @@ import click
 from sdmerge_build.build import Report, build, plan_build
 from sdmerge_build.console import print_issues, print_json, report_as_json, report_as_text, watcher_for
 from sdmerge_build.errors import Issue, RecipeError
-from sdmerge_build.plan import plan_recipe
+from sdmerge_build.plan import plan_file
 from sdmerge_build.prepare import Options
-from sdmerge_build.recipe import read_recipe
 from sdmerge_build.rehearse import SIZES
 
 __all__ = ["build_command"]
@@ -74,10 +73,11 @@ def build_command(recipes: tuple[Path, ...], as_json: bool, quiet: bool, dry_run
 
 def _options(*, out: Path | None, store: Path | None, models: tuple[Path, ...], jobs: int | None, rehearse: str | None, **rest: Any) -> Options:
     """Put together what the command line and the environment say."""
-    owned = (Path(folder) for folder in os.environ.get("SDBUILD_MODELS", "").split(os.pathsep) if folder)
-    folders = (*models, *owned)
+    owned = [Path(folder).expanduser() for folder in os.environ.get("SDBUILD_MODELS", "").split(os.pathsep) if folder]
+    folders = () if rehearse else (*models, *owned)
     if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise RecipeError(*(Issue(where=str(folder), what="there is no such folder of models") for folder in missing))
+        hint = "SDBUILD_MODELS names it" if missing[0] not in models else ""
+        raise RecipeError(*(Issue(where=str(folder), what="there is no such folder of models", hint=hint) for folder in missing))
     return Options(
         out=out,
         store=store or Path(os.environ.get("SDBUILD_STORE") or "cache"),
@@ -96,7 +96,7 @@ def _refuse_one_name_for_two(recipes: tuple[Path, ...]) -> None:
     issues = [
         Issue(where=str(recipe), what=f"artifact `{name}` is also made by {other}", hint="build them into different folders with --out")
         for recipe in dict.fromkeys(recipes)
-        for name in plan_recipe(read_recipe(recipe)).wanted
+        for name in plan_file(recipe).wanted
         if (other := makers.setdefault(name.casefold(), recipe)) != recipe
     ]
     if issues:

@@ -31,7 +31,11 @@ _SHOWN = 100  # characters of a metadata value
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, metadata in full.")
 def inspect_command(file: Path, as_json: bool) -> None:
-    """Show what a checkpoint is: architecture, dtypes, components, hashes, metadata, lineage."""
+    """Show what a checkpoint holds.
+
+    Architecture, dtypes, components, hashes, metadata and lineage of any safetensors file, and at the
+    end a [source] table to paste into a recipe.
+    """
     if not file.exists():
         raise RecipeError(Issue(where=str(file), what="there is no such file"))
     header = read_header(file)
@@ -101,6 +105,13 @@ def _print(file: Path, facts: Mapping[str, Any]) -> None:
         click.echo(f"source  {entry.get('name')}  {entry.get('license', 'licence not said')}  sha256 {entry.get('sha256', 'not pinned')}")
     for entry in _entries(facts["lineage"], "steps"):
         click.echo(f"step    {entry.get('name')}  {_described(entry)}")
+    _print_claims(facts)
+    click.echo(
+        f'as a source of a recipe:\n\n[source.NAME]\nfilename = "{_printable(file.name)}"\nsize = {facts["size"]}\nsha256 = "{facts["sha256"]}"'
+    )
+
+
+def _print_claims(facts: Mapping[str, Any]) -> None:
     for sha256, entry in facts["claimed"].items():
         click.echo(f"claimed {_printable(entry['name'])}  sha256 {sha256}  (the word of whoever made the file)")
 

@@ -6,7 +6,7 @@ Has never heard of steps or merging. A name finds candidates, content decides.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,44 +46,76 @@ class Search:
 def find_sources(recipe: Recipe, sources: Mapping[str, SourceTable], search: Search) -> tuple[dict[str, Found], dict[str, SdbuildError]]:
     """Find every source; return what was found, and for each that was not, the error that says what to do.
 
-    A candidate is taken when its size and digests are those the recipe pins. All candidates that nothing is known of are read at once,
-    each a single time.
+    A candidate is taken when its size and digests are those the recipe pins. Likely candidates come first; those of one round that
+    nothing is known of are read together, each a single time.
     """
     index = _Index(search.folders)
-    candidates = {name: list(_candidates(recipe, source, index)) for name, source in sources.items()}
-    headers: dict[Path, Header | SdbuildError] = {}
-    for path in dict.fromkeys(p for paths in candidates.values() for p in paths):
-        try:
-            headers[path] = read_header(path)
-        except SdbuildError as error:
-            headers[path] = error
-        except OSError as error:
-            headers[path] = SourceError(Issue(where=str(path), what=f"cannot be read: {error.strerror}"))
-    digests = _digests(sources, candidates, headers, search)
+    rounds = {name: list(_candidates(recipe, source, index)) for name, source in sources.items()}
+    tried: dict[str, list[Path]] = {name: [] for name in sources}
+    seen = _Seen()
     found: dict[str, Found] = {}
-    errors: dict[str, SdbuildError] = {}
-    for name, source in sources.items():
-        match = _choose(source, candidates[name], headers, digests)
-        if match:
-            found[name] = match
-        else:
-            errors[name] = _absence(recipe, name, source, candidates[name], headers, digests)
-    return found, errors
+    for n in range(max(map(len, rounds.values()), default=0)):
+        now = {name: list(turns[n]) for name, turns in rounds.items() if name not in found and n < len(turns)}
+        seen.look(sources, now, search)
+        for name, paths in now.items():
+            tried[name] += [path for path in paths if path not in tried[name]]
+            if match := _choose(sources[name], paths, seen):
+                found[name] = match
+    errors = {name: _absence(recipe, name, source, tried[name], seen) for name, source in sources.items() if name not in found}
+    return {name: found[name] for name in sources if name in found}, errors
 
 
-def _candidates(recipe: Recipe, source: SourceTable, index: _Index) -> Iterator[Path]:
-    """Yield the files a source may be, likeliest first."""
-    if source.path:
-        path = recipe.path.parent / Path(source.path).expanduser()
-        if path.exists():
-            yield path
+def _candidates(recipe: Recipe, source: SourceTable, index: _Index) -> Iterator[Iterable[Path]]:
+    """Yield the files a source may be, in rounds: by path, by name, by size, and at last, when a digest is pinned, all there are."""
+    if source.path and (path := recipe.path.parent / Path(source.path).expanduser()).exists():
+        yield [path]
         return
-    named = index.named(source.filename) if source.filename else []
-    pinned = source.sha256 or source.blake3
-    others = index.sized(source.size) if pinned and source.size is not None else index.all() if pinned and not source.filename else []
-    for path in dict.fromkeys([*named, *others]):
-        if source.size is None or path.stat().st_size == source.size:
-            yield path
+    if source.path and not (source.filename or source.sha256 or source.blake3):
+        return
+    if source.filename:
+        yield (path for path in index.named(source.filename) if source.size is None or path.stat().st_size == source.size)
+    if source.sha256 or source.blake3:
+        yield index.sized(source.size) if source.size is not None else index.all()
+
+
+class _Seen:
+    """What was seen of candidates: their headers, or why they have none, and their digests."""
+
+    def __init__(self) -> None:
+        self.headers: dict[Path, Header | SdbuildError] = {}
+        self.digests: dict[Path, Digests] = {}
+
+    def look(self, sources: Mapping[str, SourceTable], candidates: Mapping[str, Sequence[Path]], search: Search) -> None:
+        """Read the headers of candidates, and learn their digests from the memo or by reading them whole."""
+        wanted: dict[Path, tuple[bool, bool]] = {}
+        for name, paths in candidates.items():
+            for path in paths:
+                sha256, blake3 = wanted.get(path, (False, False))
+                wanted[path] = sha256 or bool(sources[name].sha256), blake3 or bool(sources[name].blake3)
+        requests = []
+        for path, (sha256, blake3) in wanted.items():
+            header = self.headers.setdefault(path, _header(path))
+            known = self.digests.get(path) or search.memo.recall(path)
+            if known and (known.sha256 or not sha256) and (known.blake3 or not blake3):
+                self.digests[path] = known
+            elif isinstance(header, Header):
+                requests.append(Request(path=path, header=header, sha256=sha256, blake3=blake3))
+        if requests:
+            search.reading(sum(request.header.file_size for request in requests))
+            learned = learn_digests(requests, search.jobs, search.advanced)
+            for request, (digests, snapshot) in zip(requests, learned, strict=True):
+                self.digests[request.path] = digests
+                search.memo.remember(request.path, digests, snapshot)
+            search.memo.save()
+
+
+def _header(path: Path) -> Header | SdbuildError:
+    try:
+        return read_header(path)
+    except SdbuildError as error:
+        return error
+    except OSError as error:
+        return SourceError(Issue(where=str(path), what=f"cannot be read: {error.strerror}"))
 
 
 class _Index:
@@ -121,44 +153,11 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (path for name in sorted(files) if name.endswith(SUFFIX) and (path := Path(root, name)).is_file())
 
 
-def _digests(
-    sources: Mapping[str, SourceTable],
-    candidates: Mapping[str, Sequence[Path]],
-    headers: Mapping[Path, Header | SdbuildError],
-    search: Search,
-) -> dict[Path, Digests]:
-    """Learn the digests of all candidates, from the memo or by reading."""
-    wanted: dict[Path, tuple[bool, bool]] = {}
-    for name, paths in candidates.items():
-        for path in paths:
-            sha256, blake3 = wanted.get(path, (False, False))
-            wanted[path] = sha256 or bool(sources[name].sha256), blake3 or bool(sources[name].blake3)
-    known: dict[Path, Digests] = {}
-    requests: list[Request] = []
-    for path, (sha256, blake3) in wanted.items():
-        remembered = search.memo.recall(path)
-        header = headers[path]
-        if remembered and (remembered.sha256 or not sha256) and (remembered.blake3 or not blake3):
-            known[path] = remembered
-        elif isinstance(header, Header):
-            requests.append(Request(path=path, header=header, sha256=sha256, blake3=blake3))
-    if requests:
-        search.reading(sum(request.header.file_size for request in requests))
-        learned = learn_digests(requests, search.jobs, search.advanced)
-        for request, (digests, snapshot) in zip(requests, learned, strict=True):
-            known[request.path] = digests
-            search.memo.remember(request.path, digests, snapshot)
-        search.memo.save()
-    return known
-
-
-def _choose(
-    source: SourceTable, paths: Sequence[Path], headers: Mapping[Path, Header | SdbuildError], digests: Mapping[Path, Digests]
-) -> Found | None:
+def _choose(source: SourceTable, paths: Sequence[Path], seen: _Seen) -> Found | None:
     for path in paths:
-        header = headers[path]
-        if isinstance(header, Header) and path in digests and not _mismatches(source, header, digests[path]):
-            return Found(path=path, header=header, digests=digests[path])
+        header = seen.headers[path]
+        if isinstance(header, Header) and path in seen.digests and not _mismatches(source, header, seen.digests[path]):
+            return Found(path=path, header=header, digests=seen.digests[path])
     return None
 
 
@@ -172,42 +171,44 @@ def _mismatches(source: SourceTable, header: Header, digests: Digests) -> list[s
     return [f"its {name} is {actual}, not {pinned} as the recipe says" for name, pinned, actual in pins if pinned is not None and pinned != actual]
 
 
-def _absence(
-    recipe: Recipe,
-    name: str,
-    source: SourceTable,
-    paths: Sequence[Path],
-    headers: Mapping[Path, Header | SdbuildError],
-    digests: Mapping[Path, Digests],
-) -> SdbuildError:
+def _absence(recipe: Recipe, name: str, source: SourceTable, paths: Sequence[Path], seen: _Seen) -> SdbuildError:
     """Say why a source was not found: damaged, not the file that was pinned, or nowhere."""
     where = recipe.where("source", name)
     issues = []
+    strangers = 0
     for path in paths:
-        header = headers[path]
-        if isinstance(header, SdbuildError):
+        header = seen.headers[path]
+        is_named = bool(source.path) or (source.filename or "").casefold() == path.name.casefold()
+        if not is_named:
+            strangers += 1
+        elif isinstance(header, SdbuildError):
             issues += [Issue(where=where, what=f"source `{name}`: {issue.where}: {issue.what}", hint=issue.hint) for issue in header.issues]
         else:
-            issues += [Issue(where=where, what=f"source `{name}`: {path}: {text}") for text in _mismatches(source, header, digests[path])]
-    if issues and (source.path or all(isinstance(headers[path], SdbuildError) for path in paths)):
+            issues += [Issue(where=where, what=f"source `{name}`: {path}: {text}") for text in _mismatches(source, header, seen.digests[path])]
+    if source.path and paths:
         return IntegrityError(*issues)
     what = f"source `{name}` is nowhere to be found"
     if source.path:
         what = f"source `{name}`: there is no file `{source.path}` beside the recipe"
+    if strangers:
+        others = f"{strangers} other files" if strangers > 1 else "another file"
+        what += f"; {others} in the folders of models could have been it, and {'are' if strangers > 1 else 'is'} not"
     return SourceError(Issue(where=where, what=what, hint=_where_to_get(source)), *issues)
 
 
 def _where_to_get(source: SourceTable) -> str:
     """Say what file is meant, where it can be had and where to put it."""
-    file = source.filename or (Path(source.path).name if source.path else "the file")
+    if source.path and not (source.filename or source.uri):
+        name = Path(source.path).name
+        return (
+            f'correct `path`, which is seen from the recipe\'s folder, or write `filename = "{name}"` to have it looked for in your folders of models'
+        )
     facts = [
-        readable_size(source.size) + f" ({source.size} bytes)" if source.size is not None else "",
+        source.filename or "a file",
+        f"{readable_size(source.size)} ({source.size} bytes)" if source.size is not None else "",
         f"sha256 {source.sha256}" if source.sha256 else "",
         f"blake3 {source.blake3}" if source.blake3 else "",
     ]
-    page = source.homepage or (page_of(source.uri) if source.uri else "")
-    address = page_of(source.uri) if source.uri else page
-    text = f"it is {', '.join([file, *filter(None, facts)])}"
-    if address:
-        text += f"; get it from {address}"
+    address = page_of(source.uri) if source.uri else source.homepage
+    text = f"it is {', '.join(filter(None, facts))}" + (f"; get it from {address}" if address else "")
     return text + "; put it into any folder and name that folder with --models, or in SDBUILD_MODELS"

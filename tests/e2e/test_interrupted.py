@@ -75,7 +75,7 @@ def test_an_interrupted_build_leaves_no_debris(space: Space, sent):
     _, stderr = child.communicate(timeout=30)
 
     assert child.returncode == 130
-    assert stderr.splitlines()[-1] == "error: interrupted; nothing unfinished was left behind"
+    assert stderr.splitlines()[-1] == "error: interrupted; what was finished is kept, nothing unfinished was left behind"
     assert finals(space) == []
     assert list((space.path / "cache" / "partial").iterdir()) == []
 
