@@ -6,6 +6,7 @@ Has never heard of options; it only sees that starting costs little.
 from __future__ import annotations
 
 import gc
+import os
 from typing import NoReturn
 
 __all__ = ["main"]
@@ -14,11 +15,14 @@ __all__ = ["main"]
 def main() -> NoReturn:
     """Start the command line. Measured: collecting garbage while modules load would be a tenth of a run with nothing to do."""
     gc.disable()
-    from sdmerge_build.cli import main as run  # noqa: PLC0415  after the line above
+    try:
+        from sdmerge_build.cli import main as run  # noqa: PLC0415  after the line above
 
-    gc.freeze()
-    gc.enable()
-    run()
+        gc.freeze()
+        gc.enable()
+        run()
+    except KeyboardInterrupt:
+        os._exit(130)  # nothing was begun
 
 
 if __name__ == "__main__":

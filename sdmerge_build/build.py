@@ -83,12 +83,14 @@ class _TorchImport:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._module: Any = None
+        self._failure: Exception | None = None
 
     def start(self) -> None:
         """Begin, unless begun."""
         if self._thread is None:
             warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch looks for it; nothing here needs it
-            self._thread = threading.Thread(target=importlib.import_module, args=("sdmerge_build.merge",), daemon=True)
+            self._thread = threading.Thread(target=self._import, daemon=True)
             self._thread.start()
 
     def module(self) -> Any:
@@ -96,7 +98,16 @@ class _TorchImport:
         self.start()
         assert self._thread, "BUG: the import was started"
         self._thread.join()
-        return importlib.import_module("sdmerge_build.merge")
+        if self._module is None:
+            what = f"torch cannot be loaded: {self._failure}"
+            raise SdbuildError(Issue(what=what, hint="is it installed for this Python, and is there memory for it?")) from self._failure
+        return self._module
+
+    def _import(self) -> None:
+        try:
+            self._module = importlib.import_module("sdmerge_build.merge")
+        except Exception as error:  # noqa: BLE001  whatever a library may raise while it loads
+            self._failure = error
 
 
 class _Run:
@@ -138,7 +149,7 @@ class _Run:
 
     def _plan_passes(self) -> None:
         prepared = self._prepared
-        leaves = {name: Leaf(name=name, path=found.path, header=found.header) for name, found in prepared.found.items()}
+        leaves = {name: Leaf(name=name, path=found.path, header=found.header, snapshot=found.snapshot) for name, found in prepared.found.items()}
         for wish in self._wishes(State.REUSED, State.EMITTED):
             if wish.stored:
                 leaves[wish.step.name] = Leaf(name=wish.step.name, path=wish.stored.path, header=read_header(wish.stored.path))
@@ -162,33 +173,42 @@ class _Run:
         """Re-emit and merge what is wanted, and commit it to the store."""
         needed = sum(self._layouts[wish.step.name].size for wish in self._wishes(State.WANTED, State.EMITTED))
         with self._prepared.store.partial() as folder, as_space_error(folder, needed):
-            for wish in self._wishes(State.EMITTED):
-                self._reemit(wish, folder)
+            done = [self._reemit(wish, folder) for wish in self._wishes(State.EMITTED)]
+            if not all(done):
+                self._plan_passes()  # once more, with what could not be re-emitted
             for walk in self._passes:
                 self._merge(walk, folder, torch)
 
-    def _reemit(self, wish: Wish, folder: Path) -> None:
+    def _reemit(self, wish: Wish, folder: Path) -> bool:
+        """Write a stored artifact's data behind a new header; when the data proves damaged, ask for it to be merged again."""
         stored, name = wish.stored, wish.step.name
         assert stored, "BUG: a re-emission has tensors to copy"
         target = folder / f"{name}.safetensors"
         self._watcher.started(name, stored.size)
         header = read_header(stored.path)
-        written = reemit(stored.path, header, self._layouts[name], target, stored.tensor_digest, self._watcher.advanced)
-        self._watcher.finished()
+        try:
+            written = reemit(stored.path, header, self._layouts[name], target, stored.tensor_digest, self._watcher.advanced)
+        except IntegrityError as error:
+            self._watcher.note(f"{error.issues[0].where}: {error.issues[0].what}; {name} is merged again")
+            self._prepared.store.discard(stored, folder)
+            target.unlink(missing_ok=True)
+            wish.state, wish.stored = State.WANTED, None
+            return False
+        finally:
+            self._watcher.finished()
         self._commit(wish, target, written, State.EMITTED, stored.trace["versions"])
+        return True
 
     def _merge(self, walk: Pass, folder: Path, torch: _TorchImport) -> None:
         wishes = {wish.step.name: wish for wish in self._wishes(State.WANTED)}
         targets = [folder / f"{output.name}.safetensors" for output in walk.outputs]
-        before = {leaf.path: Snapshot.of(leaf.path) for leaf in walk.leaves}
         merge = torch.module()
+        _check_unchanged(walk)
         names = [output.name for output in walk.outputs]
         self._watcher.started(", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} artifacts", walk.bytes_written)
         results = merge.run(walk, targets, self._options.jobs, self._watcher.advanced, keep_going=self._options.keep_going)
         self._watcher.finished()
-        for path, snapshot in before.items():
-            if Snapshot.of(path) != snapshot:
-                raise IntegrityError(Issue(where=str(path), what="the file changed while it was being merged", hint="run again once it is at rest"))
+        _check_unchanged(walk)
         versions = {"sdbuild": __version__, "torch": merge.torch.__version__}
         for output, target, result in zip(walk.outputs, targets, results, strict=True):
             wish = wishes[output.name]
@@ -210,7 +230,7 @@ class _Run:
             assert wish.stored, "BUG: a finished artifact is in the store"
             published += bool(store.publish(wish.stored, wish.target))
             path = manifest_path(wish.target)
-            if not is_current(path, wish.stored, plan.recipe.digest):
+            if not is_current(path, plan, wish.stored, self._prepared.found):
                 found, described = self._prepared.found, self._prepared.described
                 write_manifest(path, manifest_of(plan, wish.step, wish.stored, described, found, self.check(), self._options.rehearse))
         return published
@@ -227,6 +247,14 @@ class _Run:
             seconds=seconds,
             warnings=tuple(self._checked.notes) if self._checked else (),
         )
+
+
+def _check_unchanged(walk: Pass) -> None:
+    """Refuse a source that is not as it was when its digests were learned: its key would lie."""
+    for leaf in walk.leaves:
+        if leaf.snapshot and Snapshot.of(leaf.path) != leaf.snapshot:
+            what = "the file changed while it was being merged"
+            raise IntegrityError(Issue(where=str(leaf.path), what=what, hint="run again once it is at rest"))
 
 
 def _device(folder: Path) -> int:

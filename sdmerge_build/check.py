@@ -143,7 +143,7 @@ class _StepChecker:
             return self._complain(*self._shape_complaint(name, specs))
         kinds = {spec.dtype in FLOATS for spec in specs}
         if kinds == {False}:
-            return _copy_of(0, specs[0].dtype)
+            return self._whole_numbers(name, specs)
         if len(kinds) > 1:
             types = " and ".join(dict.fromkeys(spec.dtype for spec in specs))
             return self._complain(f"would mix whole numbers with fractions ({types})", name)
@@ -183,6 +183,13 @@ class _StepChecker:
             else ""
         )
         return f"has models of different shapes ({shapes})", name, hint
+
+    def _whole_numbers(self, name: str, specs: Sequence[Spec]) -> Operation:
+        """Take the whole numbers of the model that is copied here, or else of the first: they are never averaged."""
+        params = {key: _for_tensor(value, name, self._plan) for key, value in self._step.params.items()}
+        blend, reads = _shares(self._step, len(specs), params)
+        source = reads[0] if blend and len(reads) == 1 and blend[reads[0]] == 1 else 0
+        return _copy_of(source, specs[source].dtype)
 
     def _merge(self, name: str, specs: Sequence[Spec]) -> Operation | None:
         step = self._step

@@ -5,12 +5,13 @@ Has never heard of files, recipes or torch; it sees names, values and bytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Protocol
 
 from blake3 import blake3
 
-__all__ = ["Digest", "Sink", "TensorRow", "Transcript", "blake3_hex", "tensor_digest"]
+__all__ = ["Digest", "Sink", "TensorRow", "Transcript", "blake3_hex", "is_hex", "tensor_digest"]
 
 TensorRow = tuple[str, str, tuple[int, ...], str]
 """A tensor as its digest sees it: name, safetensors dtype, shape, blake3 of its bytes in hex."""
@@ -49,6 +50,11 @@ class Transcript:
     def fact(self, name: str, value: str) -> None:
         """Remember one fact."""
         self.facts.append((name, value))
+
+
+def is_hex(value: object) -> bool:
+    """Tell whether a value is 64 hex digits, as every digest and key is."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def blake3_hex(data: bytes) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ __all__ = [
     "flush_to_disk",
     "free_space",
     "place",
+    "read_regular",
     "readable_size",
     "replacing",
     "sync_folder",
@@ -47,6 +49,16 @@ class Snapshot:
         """Take a snapshot; follows links, and raises `OSError` as `stat` does."""
         stat = path.stat()
         return cls(size=stat.st_size, mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns, inode=stat.st_ino)
+
+
+def read_regular(path: Path, limit: int = 64 << 20) -> bytes:
+    """Read a small file whole. Anything else that lies there (a pipe would wait for ever) and anything larger raises `OSError`."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as file:  # noqa: PTH123  a handle has no path
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise OSError(errno.EINVAL, "not a regular file, or too large", str(path))
+        return file.read()
 
 
 def umask() -> int:
@@ -173,9 +185,8 @@ def as_space_error(folder: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
-        issue = Issue(
-            where=str(folder),
-            what=f"no space left: {readable_size(needed)} are needed, {readable_size(free_space(folder))} are free",
-            hint="free some space, or use another disk with --store and --out",
-        )
+        what = f"no space left: {readable_size(needed)} are needed, {readable_size(free_space(folder))} are free"
+        if error.errno == errno.EFBIG:
+            what = f"a file is larger than this system allows; {readable_size(needed)} are needed in all"
+        issue = Issue(where=str(folder), what=what, hint="free some space, or use another disk with --store and --out")
         raise SpaceError(issue) from error

@@ -13,14 +13,16 @@ from typing import Any
 
 from sdmerge_build.errors import nearest
 
-__all__ = ["Expression", "FormulaError", "evaluate", "names_in", "parse_formula", "show"]
+__all__ = ["Expression", "FormulaError", "evaluate", "names_in", "parse_formula", "relabelled", "show"]
 
 MAX_LENGTH = 10_000
 MAX_DEPTH = 64
 MAX_NAME = 128
+MAX_DIGITS = 40
+MAX_BITS = 4096
 MIN_FACTOR = Fraction(1, 10**30)
 
-_RUN = re.compile(r"(?:\d+\.?\d*|\.\d+)[eE]\+\d{1,3}(?![A-Za-z0-9._])|[A-Za-z0-9._-]+")  # `1e+30` is the one number with a plus in it
+_RUN = re.compile(r"(?:\d+\.?\d*|\.\d+)[eE]\+\d{1,3}(?![A-Za-z0-9._])|[A-Za-z0-9._-]{1,160}")  # `1e+30` is the one number with a plus in it
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
 
 
@@ -119,6 +121,11 @@ def show(expression: Expression, labels: Mapping[str, str]) -> str:
             return show(first, labels) + "".join(tail)
 
 
+def relabelled(text: str, labels: Mapping[str, str]) -> str:
+    """Put labels in the places that `[…]` marks, once: a label that looks like a mark is left as it is."""
+    return re.sub(r"\[([^\[\]]*)\]", lambda mark: labels.get(mark[1], mark[0]), text)
+
+
 Token = tuple[str, str]  # kind: "name", "number" or the sign itself
 
 
@@ -133,7 +140,7 @@ def _tokens(text: str, known: Collection[str]) -> Iterator[Token]:
         sign = text[at]
         if sign.isspace():
             at += 1
-        elif sign in "+*/()":
+        elif sign in "+-*/()":
             yield sign, sign
             at += 1
         elif run := _RUN.match(text, at):
@@ -146,7 +153,7 @@ def _tokens(text: str, known: Collection[str]) -> Iterator[Token]:
 
 
 def _longest(run: str, known: Collection[str]) -> Token:
-    """Split the first token off a run of letters, digits, dots and dashes: the longest known name, a number, or a minus."""
+    """Split the first token off a run of letters, digits, dots and dashes: the longest known name, or a number."""
     number = _NUMBER.match(run)
     numeric = number[0] if number and run[len(number[0]) : len(number[0]) + 1] in {"", "-"} else ""
     for end in range(min(len(run), MAX_NAME), len(numeric), -1):
@@ -154,10 +161,11 @@ def _longest(run: str, known: Collection[str]) -> Token:
             return "name", run[:end]
     if numeric in known:
         return "name", numeric
+    if len(numeric) > MAX_DIGITS:
+        message = f"has a number of more than {MAX_DIGITS} digits"
+        raise FormulaError(message)
     if numeric:
         return "number", numeric
-    if run.startswith("-"):
-        return "-", "-"
     message = f"names `{run}`, which is neither a source nor a step"
     raise FormulaError(message, nearest(run, known))
 
@@ -174,10 +182,15 @@ class _Parser:
 
     def sum(self, depth: int) -> Expression | Fraction:
         value = self._product(depth)
+        rest: list[tuple[str, Expression]] = []
         while (token := self.peek()) and token[0] in "+-":
             self._at += 1
-            value = _add(value, token[0], self._product(depth))
-        return value
+            term = self._product(depth)
+            if isinstance(value, Fraction) or isinstance(term, Fraction):
+                value, rest = _add(_sum(value, rest), token[0], term), []
+            else:
+                rest.append((token[0], term))
+        return _sum(value, rest)
 
     def _product(self, depth: int) -> Expression | Fraction:
         value = self._factor(depth)
@@ -211,30 +224,41 @@ class _Parser:
         raise FormulaError(message)
 
 
+def _sum(value: Expression | Fraction, rest: list[tuple[str, Expression]]) -> Expression | Fraction:
+    """Add terms to what stands before them; sums of sums are one sum."""
+    if isinstance(value, Fraction) or not rest:
+        return value
+    return Sum(value.first, (*value.rest, *rest)) if isinstance(value, Sum) else Sum(value, tuple(rest))
+
+
 def _add(left: Expression | Fraction, sign: str, right: Expression | Fraction) -> Expression | Fraction:
+    """Add where one side, or both, are numbers."""
     signed = Fraction(-1 if sign == "-" else 1)
     if isinstance(left, Fraction) and isinstance(right, Fraction):
-        return left + signed * right
+        return _bounded(left + signed * right)
     if isinstance(right, Fraction) and right == 0:
         return left
     if isinstance(left, Fraction) and left == 0:
         return _multiply(signed, right)
-    if isinstance(left, Fraction) or isinstance(right, Fraction):
-        raise FormulaError("adds a number to a model", "write a share in front of the model: `0.5 * name`")
-    if isinstance(left, Sum):
-        return Sum(left.first, (*left.rest, (sign, right)))
-    return Sum(left, ((sign, right),))
+    raise FormulaError("adds a number to a model", "write a share in front of the model: `0.5 * name`")
+
+
+def _bounded(number: Fraction) -> Fraction:
+    """Refuse numbers that would only grow."""
+    if max(number.numerator.bit_length(), number.denominator.bit_length()) > MAX_BITS:
+        raise FormulaError("has a number too large or too exact to mean anything")
+    return number
 
 
 def _multiply(left: Expression | Fraction, right: Expression | Fraction) -> Expression | Fraction:
     if isinstance(left, Fraction) and isinstance(right, Fraction):
-        return left * right
+        return _bounded(left * right)
     if isinstance(left, Fraction):
         return _multiply(right, left)
     if not isinstance(right, Fraction):
         raise FormulaError("multiplies two models", "one side of `*` must be a number")
     if isinstance(left, Scaled):  # a number times a number times a model: folded exactly, rounded once
-        right *= left.factor
+        right = _bounded(right * left.factor)
         left = left.of
     if right == 0:
         return Fraction(0)

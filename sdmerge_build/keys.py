@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdmerge_build.digest import Digest, Sink, Transcript
+from sdmerge_build.formula import relabelled
 from sdmerge_build.plan import Plan, Step
 from sdmerge_build.ratio import Ratio
 
@@ -108,9 +109,7 @@ def _shown(fact: str, value: str | None, description: Description) -> str:
     if fact.startswith("input."):
         return description.inputs.get(fact.removeprefix("input."), value)
     if fact == "param.formula":
-        for role, name in description.inputs.items():
-            value = value.replace(f"[{role}]", name)
-        return value
+        return relabelled(value, description.inputs)
     return value[:12] if fact == "tensors" else value
 
 

@@ -14,13 +14,15 @@ from typing import Any
 
 from sdmerge_build.blend import Blend
 from sdmerge_build.check import Checked
+from sdmerge_build.digest import blake3_hex
+from sdmerge_build.formula import relabelled
 from sdmerge_build.keys import Description
 from sdmerge_build.plan import Plan, Step
 from sdmerge_build.sources import Found
 
 __all__ = ["Share", "claimed_ancestors", "metadata_of", "readable_formula", "shares_of"]
 
-MAX_CLAIM = 1 << 20  # bytes of a parent's metadata that are believed to be lineage
+MAX_CLAIM = 1 << 20  # characters of lineage that a header may hold, a parent's or ours
 MAX_CLAIMS = 1000
 
 
@@ -36,13 +38,14 @@ class Share:
 def metadata_of(plan: Plan, step: Step, described: Mapping[str, Description], found: Mapping[str, Found], rehearsal: str) -> dict[str, str]:
     """Compose the header metadata of an artifact: no clock, no path, nothing that another machine would write differently."""
     sources = [name for name in plan.ancestors(step.name) if name in plan.sources]
+    lineage = _canonical(_lineage(plan, step, described))
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": step.title,
         "modelspec.merged_from": ", ".join(sources),
         "sdbuild.key": described[step.name].key,
-        "sdbuild.lineage": _canonical(_lineage(plan, step, described)),
+        "sdbuild.lineage": lineage if len(lineage) <= MAX_CLAIM else _canonical({"lineage": 1, "omitted": blake3_hex(lineage.encode())}),
     }
     if plan.architecture.modelspec:
         metadata |= {
@@ -72,7 +75,7 @@ def claimed_ancestors(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     if not isinstance(table, dict):
         return {}
     claims = {
-        sha256.lower(): {"name": entry["name"], "legacy_hash": entry.get("legacy_hash"), "sd_merge_recipe": entry.get("sd_merge_recipe")}
+        sha256.lower(): {"name": _encodable(entry["name"]), "legacy_hash": entry.get("legacy_hash"), "sd_merge_recipe": entry.get("sd_merge_recipe")}
         for sha256, entry in sorted(table.items())
         if _is_sha256(sha256) and isinstance(entry, dict) and isinstance(entry.get("name"), str)
     }
@@ -121,7 +124,12 @@ def _rounded(share: float) -> float:
 
 
 def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _encodable(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+
+
+def _encodable(text: str) -> str:
+    """Replace halves of characters, which JSON can spell and no file can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _lineage(plan: Plan, step: Step, described: Mapping[str, Description]) -> dict[str, Any]:
@@ -156,10 +164,7 @@ def _webui_recipe(plan: Plan, step: Step) -> dict[str, Any]:
 
 def readable_formula(step: Step) -> str:
     """Write a step's formula with the names its author used."""
-    text = str(step.params["formula"])
-    for role, name in zip(step.roles, step.inputs, strict=True):
-        text = text.replace(f"[{role}]", name)
-    return text
+    return relabelled(str(step.params["formula"]), dict(zip(step.roles, step.inputs, strict=True)))
 
 
 def _webui_models(plan: Plan, sources: list[str], found: Mapping[str, Found]) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from sdmerge_build.check import Checked
-from sdmerge_build.files import replacing
+from sdmerge_build.errors import printable
+from sdmerge_build.files import read_regular, replacing
 from sdmerge_build.keys import Description
 from sdmerge_build.lineage import claimed_ancestors, readable_formula, shares_of
 from sdmerge_build.plan import Plan, Step
 from sdmerge_build.sources import Found
 from sdmerge_build.store import Stored
+from sdmerge_build.tomltext import too_deep
 
 __all__ = ["described_in", "is_current", "manifest_of", "manifest_path", "write_manifest"]
 
@@ -63,32 +65,53 @@ def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         tomli_w.dump(dict(manifest), file)
 
 
-def is_current(path: Path, stored: Stored, recipe_digest: str) -> bool:
-    """Tell whether a manifest is there and speaks of this artifact and this text of the recipe."""
+def is_current(path: Path, plan: Plan, stored: Stored, found: Mapping[str, Found]) -> bool:
+    """Tell whether a manifest is there and speaks of this artifact, this recipe and these files."""
     table = _read(path)
-    artifact, reproduce = table.get("artifact", {}), table.get("reproduce", {})
-    return bool(artifact.get("key") == stored.trace["artifact_key"] and reproduce.get("recipe_digest") == recipe_digest)
+    try:
+        artifact, reproduce, sources = table["artifact"], table["reproduce"], table["source"]
+        return (
+            (artifact["key"], artifact["sha256"]) == (stored.trace["artifact_key"], stored.sha256)
+            and (reproduce["recipe"], reproduce["recipe_digest"]) == (printable(plan.recipe.path.name), plan.recipe.digest)
+            and all(source["size"] == found[source["name"]].header.file_size for source in sources)
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def described_in(path: Path) -> dict[str, Description]:
-    """Read what a manifest says was described when its artifact was made; empty when there is none."""
+    """Read what a manifest says was described when its artifact was made; empty when there is none that can be read."""
     described: dict[str, Description] = {}
     table = _read(path)
     try:
         for entry in table.get("source", []):
-            facts = [("tensors", entry["tensor_digest"])]
-            described[entry["name"]] = Description(name=entry["name"], key=entry["tensor_digest"], facts=facts, inputs={})
+            name, digest = _text(entry["name"]), _text(entry["tensor_digest"])
+            described[name] = Description(name=name, key=digest, facts=[("tensors", digest)], inputs={})
         for entry in table.get("step", []):
-            facts = list(entry["facts"].items())
-            described[entry["name"]] = Description(name=entry["name"], key=entry["key"], facts=facts, inputs=entry["inputs"])
-    except (KeyError, TypeError, AttributeError):
+            name, facts, inputs = _text(entry["name"]), _texts(entry["facts"]), _texts(entry["inputs"])
+            described[name] = Description(name=name, key=_text(entry["key"]), facts=list(facts.items()), inputs=inputs)
+    except (KeyError, TypeError):
         return {}
     return described
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise TypeError
+    return value
+
+
 def _read(path: Path) -> dict[str, Any]:
+    """Read a manifest that anybody may have edited; what is no manifest is empty."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read_regular(path).decode()
+        return {} if too_deep(text) else tomllib.loads(text)
     except (OSError, ValueError, RecursionError):
         return {}
 
@@ -113,9 +136,10 @@ def _artifact(plan: Plan, step: Step, stored: Stored, checked: Checked) -> dict[
 
 def _reproduce(plan: Plan, step: Step, stored: Stored, rehearsal: str) -> dict[str, Any]:
     flag = f" --rehearse={rehearsal}" if rehearsal else ""
+    recipe = printable(plan.recipe.path.name)
     return {
-        "command": f"sdbuild {plan.recipe.path.name} --only {step.name}{flag}",
-        "recipe": plan.recipe.path.name,
+        "command": f"sdbuild {recipe} --only {step.name}{flag}",
+        "recipe": recipe,
         "recipe_digest": plan.recipe.digest,
         "versions": stored.trace["versions"],
     }

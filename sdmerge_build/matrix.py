@@ -41,9 +41,10 @@ def expand_matrix(name: str, table: Mapping[str, Any], lines: Lines, issues: lis
         what = f"step `{name}` holds `{{{unknown[0]}}}`, which is not an axis of its matrix"
         issues.append(Issue(where=where, what=what, hint=nearest(unknown[0], axes)))
         return
+    varying = {key: value for key, value in fields.items() if any(_placeholders(value))}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        yield str(_fill(f"{name}", chosen, whole=False)), _fill(fields, chosen)
+        yield str(_fill(name, chosen, whole=False)), fields | _fill(varying, chosen)
 
 
 def _bad_axes(axes: Any) -> str:

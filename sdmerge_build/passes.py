@@ -13,6 +13,7 @@ from typing import Any
 
 from sdmerge_build.check import Checked, Operation
 from sdmerge_build.dtypes import ITEMSIZE
+from sdmerge_build.files import Snapshot
 from sdmerge_build.plan import Plan
 from sdmerge_build.tensorfile import Header, Layout, Spec
 
@@ -38,6 +39,7 @@ class Leaf:
     name: str
     path: Path
     header: Header
+    snapshot: Snapshot | None = None  # how a source was when its digests were learned; what the store holds does not change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from sdmerge_build.dtypes import RECIPE_NAMES
 from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest
 from sdmerge_build.formula import FormulaError, evaluate, names_in, parse_formula, show
 from sdmerge_build.methods import REQUIRED, Method, Parameter, methods
-from sdmerge_build.ratio import RatioError, read_ratio
+from sdmerge_build.ratio import MAX_ENTRIES, RatioError, read_ratio
 from sdmerge_build.recipe import FormError, Recipe, SourceTable, StepTable, read_recipe
 from sdmerge_build.sources import UriError, page_of
 
@@ -141,7 +141,7 @@ class _StepReader:
         self._recipe = recipe
         self.architecture = architecture
         self._issues = issues
-        self._names = [*recipe.table.source, *recipe.table.step]
+        self._names = frozenset({*recipe.table.source, *recipe.table.step})
 
     def call(self, name: str, step: StepTable) -> _Call | None:
         """Read what a step applies to what; None when an issue was found that leaves it without meaning."""
@@ -259,6 +259,8 @@ class _StepReader:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
             raise RatioError("must be a list of components or globs")
+        if len(items) > MAX_ENTRIES:
+            raise RatioError(f"has more than {MAX_ENTRIES} entries")
         components = self.architecture.components
         for item in items:
             if components and item not in components and not set(item) & set("*?[."):

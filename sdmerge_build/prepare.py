@@ -121,14 +121,16 @@ def _rehearsed(plan: Plan, options: Options, watcher: Watcher) -> Plan:
 
 
 def _refuse_to_replace_sources(prepared: Prepared) -> None:
-    """Refuse an artifact that would take the place of a file it is made from."""
+    """Refuse an artifact or manifest that would take the place of a file it is made from."""
     issues = []
+    inputs = [(source.path, f"source `{name}`") for name, source in prepared.found.items()] + [(prepared.plan.recipe.path, "the recipe")]
     for wish in prepared.wishes:
-        for name, source in prepared.found.items():
-            if wish.target.exists() and wish.target.samefile(source.path):
-                where = prepared.plan.recipe.where("step", wish.step.name)
-                what = f"artifact `{wish.step.name}` would replace {source.path}, which is source `{name}`"
-                issues.append(Issue(where=where, what=what, hint="choose another folder with --out, or another name"))
+        for target in (wish.target, manifest_path(wish.target)):
+            for path, what in inputs:
+                if target.exists() and target.samefile(path):
+                    where = prepared.plan.recipe.where("step", wish.step.name)
+                    text = f"artifact `{wish.step.name}` would replace {path}, which is {what}"
+                    issues.append(Issue(where=where, what=text, hint="choose another folder with --out, or another name"))
     if issues:
         raise RecipeError(*issues)
 

@@ -14,10 +14,11 @@ from typing import Any
 from sdmerge_build.architectures import BASE, Architecture
 from sdmerge_build.errors import nearest
 
-__all__ = ["Ratio", "RatioError", "read_ratio"]
+__all__ = ["MAX_ENTRIES", "Ratio", "RatioError", "read_ratio"]
 
 _FIELDS = ("base", "mbw", "blocks", "rules")
 _GLOB = frozenset("*?[")
+MAX_ENTRIES = 1000
 
 
 class RatioError(ValueError):
@@ -131,6 +132,8 @@ def _read_weight(n: int, text: str) -> float:
 
 def _read_blocks(table: Any, architecture: Architecture) -> Iterator[tuple[set[str], float]]:
     """Read `blocks`: for each entry, the blocks and parts it names, and its value."""
+    if isinstance(table, Mapping) and len(table) > MAX_ENTRIES:
+        raise RatioError(f"has more than {MAX_ENTRIES} `blocks`")
     if not isinstance(table, Mapping):
         raise RatioError("has `blocks` that are not a table", 'write `blocks = { IN04 = 0.2, "OUT*" = 0.1 }`')
     known = [*architecture.blocks, *architecture.parts]
@@ -153,6 +156,8 @@ def _named(pattern: str, known: list[str], architecture: Architecture) -> set[st
 
 
 def _read_rules(rules: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(rules, list) and len(rules) > MAX_ENTRIES:
+        raise RatioError(f"has more than {MAX_ENTRIES} `rules`")
     if not isinstance(rules, list):
         raise RatioError("has `rules` that are not a list", 'write `rules = [{ match = "*attn2*", value = 0.8 }]`')
     for rule in rules:

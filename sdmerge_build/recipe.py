@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from sdmerge_build.digest import blake3_hex
 from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest
@@ -23,7 +23,7 @@ __all__ = ["Defaults", "FormError", "Recipe", "RecipeTable", "SourceTable", "Ste
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _UNFILLED = re.compile(r".\{\w+\}|\{\w+\}.")
-_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|\.+.*|.*\.")  # Windows devices, hidden files, trailing dots
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|[.-].*|.*\.")  # Windows devices, hidden files, options, trailing dots
 
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
 DtypeName = Literal["fp16", "bf16", "fp32", "fp64", "keep"]
@@ -48,7 +48,7 @@ class SourceTable(Table):
     license: Text | None = Field(None, description="Its licence, as its author declares it.")
     credit: Text | None = Field(None, description="Whom to credit.")
     homepage: Text | None = Field(None, description="Its page, for people.")
-    permissions: dict[str, Any] | None = Field(None, description="Further permissions, as its author declares them.")
+    permissions: dict[str, JsonValue] | None = Field(None, description="Further permissions, as its author declares them.")
 
 
 class Defaults(Table):
@@ -193,7 +193,7 @@ def _bad_names(recipe: Recipe) -> list[Issue]:
                 hint = (
                     "`{…}` in a name needs a `matrix` that says its values"
                     if "{" in name
-                    else "use up to 128 letters, digits, `-`, `_` and `.`, not beginning or ending with a dot, and no Windows device name"
+                    else "use up to 128 letters, digits, `-`, `_` and `.`; no dot at either end, no dash in front, no Windows device name"
                 )
                 issues.append(Issue(where=where, what=f"`{name[:128]}` cannot be the name of a {kind}", hint=hint))
             elif (twin := seen.setdefault(name.casefold(), f"{kind} `{name}`")) != f"{kind} `{name}`":
@@ -218,7 +218,7 @@ def _issue(error: Any, lines: Lines, templates: Mapping[str, str]) -> Issue:
         case "literal_error":
             expected = error["ctx"]["expected"].replace("'", "`")
             hint = nearest(str(error["input"]).replace("float", "fp"), expected.replace(" or ", ", ").replace("`", "").split(", "))
-            return Issue(where=where, what=f"`{field}` is {error['input']!r}; it must be {expected}", hint=hint)
+            return Issue(where=where, what=f"`{field}` is {repr(error['input'])[:60]}; it must be {expected}", hint=hint)
         case "string_pattern_mismatch":
             said = str(error["input"])
             wrong = f"has {len(said)} characters" if len(said) != 64 else f"holds {next(c for c in said if c not in '0123456789abcdefABCDEF')!r}"

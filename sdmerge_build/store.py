@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import uuid
@@ -23,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdmerge_build.digest import blake3_hex, is_hex
 from sdmerge_build.errors import SdbuildError
-from sdmerge_build.files import place, sync_folder, umask
+from sdmerge_build.files import place, read_regular, sync_folder, umask
 from sdmerge_build.sources.hashing import Request, learn_digests
 from sdmerge_build.sources.memo import Memo
 from sdmerge_build.tensorfile import read_header
@@ -93,8 +95,8 @@ class Store:
         """Remove what builds of this machine left behind when they were killed."""
         with contextlib.suppress(OSError):
             for folder in (self.root / "partial").iterdir():
-                host, _, rest = folder.name.rpartition("-")[0].rpartition("-")
-                if host == _host() and rest.isdigit() and not _is_running(int(rest)):
+                host, _, pid = folder.name.rpartition("-")[0].rpartition("-")
+                if host == _host() and re.fullmatch("[0-9]{1,9}", pid) and not _is_running(int(pid)):
                     shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, model: Path, written: Written, tensor_key: str, artifact_key: str, facts: dict[str, Any]) -> Stored:
@@ -109,6 +111,8 @@ class Store:
             "artifact_key": artifact_key,
             "size": written.size,
             "sha256": written.sha256,
+            "header_size": written.header_size,
+            "header_digest": written.header_digest,
             "tensor_digest": written.tensor_digest,
             "mtime_ns": (ready / MODEL).stat().st_mtime_ns,
         }
@@ -131,6 +135,11 @@ class Store:
         if how != "hard link":
             self.memo.note(target, tensors=stored.tensor_digest, sha256=stored.sha256)
         return how
+
+    def discard(self, stored: Stored, aside: Path) -> None:
+        """Move a damaged artifact out of the way, into a folder that is removed."""
+        with contextlib.suppress(OSError):
+            stored.path.parent.rename(aside / f"damaged-{uuid.uuid4().hex}")
 
     def _is_published(self, stored: Stored, target: Path) -> bool:
         try:
@@ -161,20 +170,17 @@ class Store:
                 return stored
 
     def _open(self, folder: Path, artifact_key: str) -> Stored | None:
-        """Read an artifact's trace and look at its file; anything odd is a miss, not an error."""
+        """Read an artifact's trace, and look at its file and its header; anything odd is a miss, not an error."""
         try:
-            trace = json.loads((folder / TRACE).read_bytes())
-            model = (folder / MODEL).lstat()
+            trace = json.loads(read_regular(folder / TRACE))
             stored = Stored(path=folder / MODEL, trace=trace)
-            sound = (
-                trace["trace"] == TRACE_VERSION
-                and trace["artifact_key"] == artifact_key
-                and stat.S_ISREG(model.st_mode)
-                and model.st_size == stored.size
-                and len(stored.sha256) == 64
-                and len(stored.tensor_digest) == 64
-            )
-            if not sound or (model.st_mtime_ns != trace["mtime_ns"] and not self._is_unchanged(stored)):
+            model = stored.path.lstat()
+            if not (_is_trace(trace) and trace["artifact_key"] == artifact_key and stat.S_ISREG(model.st_mode) and model.st_size == stored.size):
+                return None
+            with stored.path.open("rb") as file:
+                if blake3_hex(file.read(trace["header_size"])) != trace["header_digest"]:
+                    return None
+            if model.st_mtime_ns != trace["mtime_ns"] and not self._is_unchanged(stored):
                 return None
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SdbuildError):
             return None
@@ -189,6 +195,18 @@ class Store:
             self.memo.remember(stored.path, known, snapshot)
             self.memo.save()
         return known.sha256 == stored.sha256 and known.tensors == stored.tensor_digest
+
+
+def _is_trace(trace: Any) -> bool:
+    """Tell whether a trace has everything that is read of it, in the right types."""
+    versions = trace["versions"]
+    return (
+        trace["trace"] == TRACE_VERSION
+        and all(is_hex(trace[field]) for field in ("tensor_key", "artifact_key", "sha256", "header_digest", "tensor_digest"))
+        and all(type(trace[field]) is int and 0 <= trace[field] < 2**63 for field in ("size", "header_size", "mtime_ns"))
+        and isinstance(versions, dict)
+        and all(isinstance(version, str) and version.isprintable() for version in versions.values())
+    )
 
 
 def _host() -> str:

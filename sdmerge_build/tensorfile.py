@@ -23,6 +23,7 @@ __all__ = ["Header", "Layout", "Spec", "file_order", "lay_out", "read_header"]
 
 MAX_HEADER = 50_000_000  # bytes; half of the reference reader's cap, a hundred times the largest real header
 MAX_FOREIGN = 16 << 20  # bytes of a header that is not plain ASCII, which takes four times its size in memory
+MAX_TENSORS = 50_000  # twenty times the largest real checkpoint
 MAX_FIELDS = 500_000  # a hundred times the largest real checkpoint; keeps a hostile header from filling memory
 MAX_NAME = 1024
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
@@ -175,6 +176,8 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise _HeaderError(f"the header is not valid JSON: {error}") from error
     if not isinstance(table, dict):
         raise _HeaderError("the header is not a table")
+    if len(table) > MAX_TENSORS:
+        raise _HeaderError(f"the header lists {len(table)} tensors; no more than {MAX_TENSORS} are read")
     return table
 
 

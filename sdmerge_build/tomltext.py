@@ -16,11 +16,12 @@ from typing import Any
 
 from sdmerge_build.errors import Issue, RecipeError
 
-__all__ = ["Lines", "read_toml"]
+__all__ = ["Lines", "read_toml", "too_deep"]
 
 MAX_BYTES = 1 << 20
 MAX_NESTING = 32
 MAX_DOTS = 16
+MAX_NUMBER = 2**63
 Address = tuple[str | int, ...]
 
 _HEADER = re.compile(r"""\s*(\[{1,2}(?:[^\[\]"']|"(?:[^"\\]|\\.)*"|'[^']*')+\]{1,2})\s*(?:#.*)?$""")
@@ -61,7 +62,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Lines]:
     """Read a TOML file of at most 1 MiB; anything wrong with its text is one `RecipeError` that names the place."""
     text = _read_text(path)
     where = str(path)
-    if complaint := _too_deep(text):
+    if complaint := too_deep(text):
         raise RecipeError(Issue(where=where, what=complaint))
     try:
         table = tomllib.loads(text)
@@ -76,9 +77,9 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Lines]:
         raise RecipeError(Issue(where=where, what=what)) from error
     lines = Lines(path, text)
     if issues := [
-        Issue(where=lines.where(*address), what=f"`{[part for part in address if isinstance(part, str)][-1]}` is {value}, not a finite number")
+        Issue(where=lines.where(*address), what=f"`{[part for part in address if isinstance(part, str)][-1]}` is {_kind_of(value)}")
         for address, value in _numbers(table)
-        if not math.isfinite(value)
+        if (abs(value) >= MAX_NUMBER if isinstance(value, int) else not math.isfinite(value))
     ]:
         raise RecipeError(*issues)
     return table, lines
@@ -102,7 +103,7 @@ def _read_text(path: Path) -> str:
         raise RecipeError(Issue(where=where, what=f"is not UTF-8 text: {error.reason} at byte {error.start}")) from error
 
 
-def _too_deep(text: str) -> str:
+def too_deep(text: str) -> str:
     """Walk the text once, past strings and comments, and say which limit it breaks. A pattern would be shorter, and quadratic on hostile text."""
     depth = dots = at = 0
     while at < len(text):
@@ -163,8 +164,12 @@ def _without_long_texts(text: str) -> str:
     return "".join([*kept, text[since:]])
 
 
+def _kind_of(value: float) -> str:
+    return f"{value}, not a finite number" if isinstance(value, float) and not math.isfinite(value) else "larger than any number here may be"
+
+
 def _numbers(value: Any, address: Address = ()) -> Iterator[tuple[Address, float]]:
-    if isinstance(value, float):
+    if isinstance(value, (int, float)):
         yield address, value
     elif isinstance(value, Mapping):
         for key, item in value.items():

@@ -17,7 +17,7 @@ from typing import BinaryIO, Self
 
 from blake3 import blake3
 
-from sdmerge_build.digest import TensorRow, tensor_digest
+from sdmerge_build.digest import TensorRow, blake3_hex, tensor_digest
 from sdmerge_build.files import allocate, flush_to_disk
 from sdmerge_build.tensorfile import Layout, Spec
 
@@ -35,6 +35,8 @@ class Written:
 
     size: int
     sha256: str
+    header_size: int
+    header_digest: str
     tensor_digest: str
     tensors: tuple[TensorRow, ...]
 
@@ -95,7 +97,14 @@ class _File:
             self._finish(self._pending[-1])
         assert not self._pending, f"BUG: {self.path} was not hashed to its end"
         rows = tuple(self._rows)
-        return Written(size=self.layout.size, sha256=self._sha256.hexdigest(), tensor_digest=tensor_digest(rows), tensors=rows)
+        return Written(
+            size=self.layout.size,
+            sha256=self._sha256.hexdigest(),
+            header_size=len(self.layout.header),
+            header_digest=blake3_hex(self.layout.header),
+            tensor_digest=tensor_digest(rows),
+            tensors=rows,
+        )
 
 
 class Writer:

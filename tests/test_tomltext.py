@@ -91,7 +91,7 @@ def test_text_that_is_no_recipe_is_refused_at_once_with_its_place(tmp_path: Path
         'x = """\n' + "[" * 500 + "\n" + "a." * 500 + '\n"""',
         "x = 'C:\\models\\' # " + "[{" * 50 + "a.b." * 50,
         "# it's a [" + "[" * 50 + " and it's over",
-        "x = " + "9" * 300,
+        "x = " + "9" * 18,
         "x = ['a.b.c.d.e.f', 'g.h.i.j.k.l', 'm.n.o.p.q.r']",
         "weights = [" + ", ".join(["0.05"] * 20) + "]",
         "weights = [" + ",".join(["0.05"] * 20) + "]",

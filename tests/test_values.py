@@ -149,6 +149,19 @@ def test_ratios_of_zero_and_one_copy_exactly(space: Space, step, parent):
         assert tensor.view(torch.int16).equal(models[parent][name].view(torch.int16)), name
 
 
+def test_a_ratio_of_one_copies_whole_numbers_too(space: Space):
+    """
+    Where a parent is copied exactly, its whole numbers come with it.
+    """
+    models = lay_down(space, 'method = "weighted_sum"\na = "A"\nb = "B"\nalpha = 1.0')
+    for n, name in enumerate("AB"):
+        models[name] |= {"count": torch.tensor(n, dtype=torch.int32)}
+        space.checkpoint(name, models[name])
+    space.build()
+
+    assert space.load("mix")["count"].item() == 1
+
+
 def test_whole_numbers_are_never_averaged(space: Space):
     """Integer and bool tensors are those of the first model."""
     models = lay_down(space, 'formula = "0.5 * A + 0.5 * B"')

@@ -5,6 +5,7 @@ Has never heard of how anything is done; each command is a file of this folder. 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -66,6 +67,10 @@ def main() -> NoReturn:
     0 done, 1 a step failed, 2 the recipe or command line is wrong, 4 bytes are not what they claim, 5 a source is missing,
     7 the disk is full, 130 interrupted.
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  closed by whoever started us
+        stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that cannot show a sign shows its number
+        setattr(sys, name, stream)
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # who was told to ignore hang-ups, does
@@ -73,9 +78,10 @@ def main() -> NoReturn:
     code = _run(sys.argv[1:])
     try:
         sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
+    except OSError:  # whoever read our output has gone, or the disk it went to is full
         code = code or 1
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)  # all is on disk and closed; taking torch apart would cost a third of a second, networkx a tenth of doing nothing
 
 
@@ -95,8 +101,9 @@ def _run(args: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail(_INTERRUPTED, [Issue(what="interrupted; what was finished is kept, nothing unfinished was left behind")], as_json=as_json)
     except BrokenPipeError:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  whoever read our output has gone; nothing more to say
-        return 1
+        return 1  # whoever read our output has gone; nothing more to say
+    except MemoryError:
+        return _fail(1, [Issue(what="there is not enough memory", hint="close other programs, or use fewer --jobs")], as_json=as_json)
     except OSError as error:
         where = str(error.filename or "")
         return _fail(1, [Issue(where=where, what=f"{(error.strerror or str(error)).lower()}")], as_json=as_json)
@@ -106,10 +113,11 @@ def _run(args: list[str]) -> int:
 
 
 def _fail(code: int, issues: list[Issue], *, as_json: bool) -> int:
-    if as_json:
-        print_json({"error": {"exit": code, "issues": issues_as_json(issues)}})
-    else:
-        print_issues(issues)
+    with contextlib.suppress(OSError):  # the exit code has to say it alone, when nothing can be printed
+        if as_json:
+            print_json({"error": {"exit": code, "issues": issues_as_json(issues)}})
+        else:
+            print_issues(issues)
     return code
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from sdmerge_build.build import Report, build, plan_build
-from sdmerge_build.console import print_issues, print_json, report_as_json, report_as_text, watcher_for
-from sdmerge_build.errors import Issue, RecipeError
+from sdmerge_build.console import issues_as_json, print_issues, print_json, report_as_json, report_as_text, watcher_for
+from sdmerge_build.errors import Issue, RecipeError, SdbuildError
 from sdmerge_build.plan import plan_file
 from sdmerge_build.prepare import Options
 from sdmerge_build.rehearse import SIZES
@@ -57,18 +57,27 @@ def build_command(recipes: tuple[Path, ...], as_json: bool, quiet: bool, dry_run
     _refuse_one_name_for_two(recipes)
     run = plan_build if dry_run else build
     reports: list[Report] = []
+    error: SdbuildError | None = None
     try:
         for recipe in recipes:
-            reports.append(run(recipe, options, watcher))
+            try:
+                reports.append(run(recipe, options, watcher))
+            except SdbuildError as failure:
+                if len(recipes) == 1:
+                    raise
+                error = failure
+                break
             if not as_json and not quiet:
                 click.echo("\n".join(report_as_text(reports[-1], is_plan=dry_run, explains=explain)))
     finally:
         watcher.finished()
+    issues = [issue for report in reports for wish in report.wishes if wish.error for issue in wish.error.issues]
     if as_json:
-        print_json({"reports": [report_as_json(report, is_plan=dry_run) for report in reports]})
+        failed = {"error": {"exit": error.exit_code, "issues": issues_as_json(error.issues)}} if error else {}
+        print_json({"reports": [report_as_json(report, is_plan=dry_run) for report in reports]} | failed)
     else:
-        print_issues([issue for report in reports for wish in report.wishes if wish.error for issue in wish.error.issues])
-    return next((report.exit_code for report in reports if report.exit_code), 0)
+        print_issues(issues + list(error.issues if error else ()))
+    return error.exit_code if error else next((report.exit_code for report in reports if report.exit_code), 0)
 
 
 def _options(*, out: Path | None, store: Path | None, models: tuple[Path, ...], jobs: int | None, rehearse: str | None, **rest: Any) -> Options:
@@ -97,7 +106,7 @@ def _refuse_one_name_for_two(recipes: tuple[Path, ...]) -> None:
         Issue(where=str(recipe), what=f"artifact `{name}` is also made by {other}", hint="build them into different folders with --out")
         for recipe in dict.fromkeys(recipes)
         for name in plan_file(recipe).wanted
-        if (other := makers.setdefault(name.casefold(), recipe)) != recipe
+        if (other := makers.setdefault(name.casefold(), recipe)).resolve() != recipe.resolve()
     ]
     if issues:
         raise RecipeError(*issues)

@@ -18,6 +18,7 @@ from sdmerge_build.architectures import recognise
 from sdmerge_build.console import print_json, watcher_for
 from sdmerge_build.errors import Issue, RecipeError
 from sdmerge_build.files import readable_size
+from sdmerge_build.formula import relabelled
 from sdmerge_build.lineage import claimed_ancestors
 from sdmerge_build.sources.hashing import Request, learn_digests
 from sdmerge_build.tensorfile import Header, read_header
@@ -100,11 +101,12 @@ def _print(file: Path, facts: Mapping[str, Any]) -> None:
     if facts["metadata"]:
         click.echo("metadata")
     for key, value in sorted(facts["metadata"].items()):
-        click.echo(f"  {key} = {_printable(value)}")
+        click.echo(f"  {_printable(key)} = {_printable(value)}")
     for entry in _entries(facts["lineage"], "sources"):
-        click.echo(f"source  {entry.get('name')}  {entry.get('license', 'licence not said')}  sha256 {entry.get('sha256', 'not pinned')}")
+        said = (entry.get("name"), entry.get("license", "licence not said"), f"sha256 {entry.get('sha256', 'not pinned')}")
+        click.echo("  ".join(["source", *(_printable(str(item)) for item in said)]))
     for entry in _entries(facts["lineage"], "steps"):
-        click.echo(f"step    {entry.get('name')}  {_described(entry)}")
+        click.echo(f"step    {_printable(str(entry.get('name')))}  {_described(entry)}")
     _print_claims(facts)
     click.echo(
         f'as a source of a recipe:\n\n[source.NAME]\nfilename = "{_printable(file.name)}"\nsize = {facts["size"]}\nsha256 = "{facts["sha256"]}"'
@@ -122,8 +124,7 @@ def _described(entry: Mapping[str, Any]) -> str:
     if not isinstance(facts, dict) or not isinstance(inputs, dict):
         return "(not readable)"
     params = ", ".join(f"{key.removeprefix('param.')} = {value}" for key, value in facts.items() if key.startswith("param."))
-    for role, name in inputs.items():
-        params = params.replace(f"[{role}]", str(name))
+    params = relabelled(params[: 2 * _SHOWN], {role: name for role, name in inputs.items() if isinstance(name, str)})
     return _printable(f"{facts.get('method')}  {params}")
 
 

@@ -5,13 +5,14 @@ Has never heard of steps or merging. A name finds candidates, content decides.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdmerge_build.errors import IntegrityError, Issue, SdbuildError, SourceError
-from sdmerge_build.files import readable_size
+from sdmerge_build.files import Snapshot, readable_size
 from sdmerge_build.recipe import Recipe, SourceTable
 from sdmerge_build.sources.hashing import Digests, Request, learn_digests
 from sdmerge_build.sources.memo import Memo
@@ -25,11 +26,12 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A source's file, its header, and what its bytes are known by."""
+    """A source's file, its header, what its bytes are known by, and the snapshot all of that holds for."""
 
     path: Path
     header: Header
     digests: Digests
+    snapshot: Snapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +69,11 @@ def find_sources(recipe: Recipe, sources: Mapping[str, SourceTable], search: Sea
 
 def _candidates(recipe: Recipe, source: SourceTable, index: _Index) -> Iterator[Iterable[Path]]:
     """Yield the files a source may be, in rounds: by path, by name, by size, and at last, when a digest is pinned, all there are."""
-    if source.path and (path := recipe.path.parent / Path(source.path).expanduser()).exists():
-        yield [path]
-        return
+    if source.path:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # a path no system knows leads nowhere
+            if (path := recipe.path.parent / Path(source.path).expanduser()).exists():
+                yield [path]
+                return
     if source.path and not (source.filename or source.sha256 or source.blake3):
         return
     if source.filename:
@@ -83,6 +87,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.headers: dict[Path, Header | SdbuildError] = {}
+        self.snapshots: dict[Path, Snapshot] = {}
         self.digests: dict[Path, Digests] = {}
 
     def look(self, sources: Mapping[str, SourceTable], candidates: Mapping[str, Sequence[Path]], search: Search) -> None:
@@ -94,8 +99,10 @@ class _Seen:
                 wanted[path] = sha256 or bool(sources[name].sha256), blake3 or bool(sources[name].blake3)
         requests = []
         for path, (sha256, blake3) in wanted.items():
-            header = self.headers.setdefault(path, _header(path))
-            known = self.digests.get(path) or search.memo.recall(path)
+            if path not in self.headers:
+                self.headers[path] = self._header(path)
+            header = self.headers[path]
+            known = self.digests.get(path) or search.memo.recall(path, self.snapshots.get(path))
             if known and (known.sha256 or not sha256) and (known.blake3 or not blake3):
                 self.digests[path] = known
             elif isinstance(header, Header):
@@ -104,18 +111,20 @@ class _Seen:
             search.reading(sum(request.header.file_size for request in requests))
             learned = learn_digests(requests, search.jobs, search.advanced)
             for request, (digests, snapshot) in zip(requests, learned, strict=True):
+                if snapshot != self.snapshots[request.path]:
+                    raise IntegrityError(Issue(where=str(request.path), what="the file changed while it was being read"))
                 self.digests[request.path] = digests
                 search.memo.remember(request.path, digests, snapshot)
             search.memo.save()
 
-
-def _header(path: Path) -> Header | SdbuildError:
-    try:
-        return read_header(path)
-    except SdbuildError as error:
-        return error
-    except OSError as error:
-        return SourceError(Issue(where=str(path), what=f"cannot be read: {error.strerror}"))
+    def _header(self, path: Path) -> Header | SdbuildError:
+        try:
+            self.snapshots[path] = Snapshot.of(path)
+            return read_header(path)
+        except SdbuildError as error:
+            return error
+        except OSError as error:
+            return SourceError(Issue(where=str(path), what=f"cannot be read: {error.strerror}"))
 
 
 class _Index:
@@ -157,7 +166,7 @@ def _choose(source: SourceTable, paths: Sequence[Path], seen: _Seen) -> Found | 
     for path in paths:
         header = seen.headers[path]
         if isinstance(header, Header) and path in seen.digests and not _mismatches(source, header, seen.digests[path]):
-            return Found(path=path, header=header, digests=seen.digests[path])
+            return Found(path=path, header=header, digests=seen.digests[path], snapshot=seen.snapshots[path])
     return None
 
 

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sdmerge_build.files import Snapshot, replacing
+from sdmerge_build.digest import is_hex
+from sdmerge_build.files import Snapshot, read_regular, replacing
 from sdmerge_build.sources.hashing import Digests
 
 __all__ = ["Memo"]
@@ -27,15 +28,17 @@ class Memo:
         self._entries: dict[str, dict[str, Any]] = self._load()
         self._learned: dict[str, dict[str, Any]] = {}
 
-    def recall(self, path: Path) -> Digests | None:
-        """Return what is known of a file that has not changed since."""
+    def recall(self, path: Path, snapshot: Snapshot | None = None) -> Digests | None:
+        """Return what is known of a file that has not changed since; `snapshot` is how it was seen, when not now."""
         try:
             entry = self._entries[str(path.resolve())]
-            if entry["snapshot"] != dataclasses.asdict(Snapshot.of(path)):
+            if entry["snapshot"] != dataclasses.asdict(snapshot or Snapshot.of(path)):
                 return None
-            return Digests(**entry["digests"])
+            digests = Digests(**entry["digests"])
         except (KeyError, TypeError, OSError):
             return None
+        sound = is_hex(digests.tensors) and all(value is None or is_hex(value) for value in (digests.sha256, digests.blake3))
+        return digests if sound else None
 
     def remember(self, path: Path, digests: Digests, snapshot: Snapshot) -> None:
         """Remember what a file holds; whole-file digests learned earlier of the same bytes are kept."""
@@ -63,7 +66,7 @@ class Memo:
 
     def _load(self) -> dict[str, Any]:
         try:
-            table = json.loads(self._path.read_bytes())
+            table = json.loads(read_regular(self._path))
             return dict(table["files"]) if table["memo"] == VERSION else {}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}

@@ -132,7 +132,7 @@ def test_a_flush_that_fails_is_not_tried_again(space: Space, monkeypatch):
 
 def test_a_file_larger_than_the_system_allows_is_no_space(space: Space):
     """
-    A limit of the system on file sizes ends with exit code 7 and both numbers.
+    A limit of the system on file sizes ends with exit code 7 and says so.
     """
     large_pair(space)
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000_000, 50_000_000)); sys.argv[0] = 'sdbuild'; from sdmerge_build.__main__ import main; main()"
@@ -140,7 +140,7 @@ def test_a_file_larger_than_the_system_allows_is_no_space(space: Space):
 
     assert resource.RLIMIT_FSIZE
     assert run.returncode == 7
-    assert "no space left: 315 MB are needed" in run.stderr
+    assert "a file is larger than this system allows; 315 MB are needed in all" in run.stderr
     assert list((space.path / "cache" / "partial").iterdir()) == []
 
 
