@@ -119,6 +119,7 @@ class _Walker:
                     batch, buffers = taken
                     for piece in batch.slices:
                         self._evaluate(piece, files, buffers)
+                    self._check(batch, buffers, files)
                     self._writer.write(outputs, buffers)
                     self._writer.done(buffers)
                     self._advanced(sum(length for _, length in batch.regions))
@@ -159,8 +160,20 @@ class _Walker:
         for emit, target in zip(program.emits, targets, strict=True):
             if target is not values[emit.value]:
                 target.copy_(values[emit.value])
-            if self._walk.outputs[emit.output].nonfinite == "error" and not _is_finite(target):
-                self._refuse(emit.output, program, piece, files)
+
+    def _check(self, batch: Batch, buffers: Buffers, files: Sequence[BinaryIO]) -> None:
+        """Refuse values that are not finite: region by region, and tensor by tensor only where dtypes change or something is found."""
+        for n, output in enumerate(self._walk.outputs):
+            emitted = [(piece, emit) for piece in batch.slices for emit in self._walk.programs[piece.program].emits if emit.output == n]
+            dtypes = {self._dtypes[n][self._walk.programs[piece.program].tensor] for piece, _ in emitted}
+            if output.nonfinite != "error" or n in self.failures or not dtypes:
+                continue
+            if len(dtypes) == 1 and _is_finite(_tensor(buffers.views[n][: batch.regions[n][1]], *dtypes)):
+                continue
+            for piece, emit in emitted:
+                program = self._walk.programs[piece.program]
+                if not _is_finite(self._target(program, n, emit.start, piece, buffers)):
+                    self._refuse(n, program, piece, files)
 
     def _target(self, program: Program, output: int, start: int, piece: Slice, buffers: Buffers) -> torch.Tensor:
         """Return the memory that a slice of an output goes to, as a tensor."""

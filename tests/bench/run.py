@@ -106,10 +106,23 @@ class Bench:
         subprocess.run([sys.executable, __file__.replace("run.py", "check.py"), *map(str, paths)], check=True)
 
 
-def measure(program: Program, folder: Path) -> tuple[float, float]:
+def level() -> None:
+    """Give every program the same machine: nothing left to be written, and free memory that was in use a moment ago.
+
+    On a virtual machine memory that nobody used for a while has to be fetched from the host, at a cost that would fall on whoever comes first.
+    """
+    os.sync()
+    amount = min(8 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3)
+    subprocess.run([sys.executable, "-c", f"b'x' * {amount}"], check=True)
+
+
+def measure(program: Program, folder: Path, *, levelled: bool) -> tuple[float, float]:
     """Run a program once; return its wall time in seconds and its peak memory in bytes."""
     program.before()
-    os.sync()  # what others left to be written is not this program's to wait for
+    if levelled:
+        level()
+    else:
+        os.sync()
     began = time.perf_counter()
     child = subprocess.Popen(program.command, cwd=folder, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
@@ -149,6 +162,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work, and to keep the checkpoints; a temporary folder unless said")
     parser.add_argument("--size", choices=SIZES, default="full", help="tiny tries the benchmark itself; its times mean nothing")
+    parser.add_argument("--as-found", action="store_true", help="do not level the machine's memory before each run")
     parser.add_argument("--sdxl", action="store_true", help="SDXL's layout instead: two files of 6.94 GB, sdbuild alone")
     options = parser.parse_args()
     architecture = "sdxl" if options.sdxl else "sd1"
@@ -164,12 +178,14 @@ def main() -> None:
                     pass
         for n in range(options.rounds + 1):
             for program in rotated(programs, n):
-                result = measure(program, folder)
+                result = measure(program, folder, levelled=not options.as_found)
                 if n:  # the first round warms the machine up and is not counted
                     results[program.name].append(result)
         results = {program.name: results[program.name] for program in programs}
         bench.clear()
-    print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {architecture}, {options.size}\n")
+    print(
+        f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {architecture}, {options.size}{', memory as found' if options.as_found else ''}\n"
+    )
     print(table(results))
 
 
