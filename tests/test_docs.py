@@ -128,7 +128,7 @@ def test_the_benchmark_runs(space: Space):
     The benchmark's one command measures every program and checks what they made, tried here on tiny files.
     """
     assert "`python tests/bench/run.py`" in README
-    command = [sys.executable, str(ROOT / "tests" / "bench" / "run.py"), "--size", "tiny", "--rounds", "1", "--folder", str(space.path)]
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "run.py"), "--size", "tiny", "--as-found", "--rounds", "1", "--folder", str(space.path)]
     run = subprocess.run(command, cwd=space.path, capture_output=True, text=True, check=False)
 
     assert run.returncode == 0, run.stderr
