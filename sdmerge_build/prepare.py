@@ -5,7 +5,7 @@ Has never heard of torch, and writes nothing but the memo of digests; `--dry-run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -145,16 +145,22 @@ def _look_up(wish: Wish, prepared: Prepared, rehearsal: str) -> None:
     if stored := store.find(wish.tensor_key, wish.artifact_key):
         wish.state, wish.stored = State.REUSED, stored
         return
+    changed = list(_changed_facts(wish, prepared))
     if stored := store.find_tensors(wish.tensor_key):
         wish.state, wish.stored = State.EMITTED, stored
-        wish.reasons = list(_changed_metadata(stored, wish.metadata))
-        return
-    earlier = described_in(manifest_path(wish.target))
-    if not earlier:
-        wish.reasons = [f"there is no earlier {name} to compare with"]
+        wish.reasons = [*changed, "its tensors are already in the store"] if changed else list(_changed_metadata(stored, wish.metadata))
     else:
-        old_name = name if name in earlier else list(earlier)[-1]
-        wish.reasons = list(differences(earlier, prepared.described, name, old_name)) or ["it is no longer in the store"]
+        wish.reasons = changed or [f"there is no earlier {name} to compare with"]
+        if not changed and manifest_path(wish.target).exists():
+            wish.reasons = ["it is no longer in the store"]
+
+
+def _changed_facts(wish: Wish, prepared: Prepared) -> Iterator[str]:
+    """Compare with what the published manifest of the same name says was built before."""
+    earlier = described_in(manifest_path(wish.target))
+    if earlier:
+        name = wish.step.name
+        yield from differences(earlier, prepared.described, name, name if name in earlier else list(earlier)[-1])
 
 
 def _changed_metadata(stored: Stored, metadata: dict[str, str]) -> list[str]:

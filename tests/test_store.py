@@ -359,3 +359,19 @@ def test_hostile_claims_of_a_parent_are_passed_over(space: Space, claim):
     space.build()
     with safe_open(space.path / "out" / "mix.safetensors", "pt") as file:
         assert json.loads(file.metadata()["sd_merge_models"]) == {}
+
+
+def test_a_ratio_that_was_built_before_is_explained_by_the_ratio(space: Space):
+    """
+    Where the tensors of a changed step are in the store already, the reason is still the change, and that nothing need be merged.
+    """
+    space.pair(CHAIN)
+    space.build()
+    space.edit("0.2 * A + 0.8 * B", "0.3 * A + 0.7 * B")
+    space.edit("[step.mix]", "[step.mix]\nartifact = true")
+    space.edit('[step.outer]\nformula = "0.5 * mix + 0.5 * B"', '[step.outer]\nformula = "0.5 * mix + 0.5 * A"')
+    space.build(only=("mix",))
+    report = space.build()
+
+    assert states(report)["lone"] == "re-emitted"
+    assert report.wishes[-1].reasons == ["param.formula = 0.2 * A + 0.8 * B → 0.3 * A + 0.7 * B", "its tensors are already in the store"]
