@@ -21,7 +21,7 @@ def test_a_finished_build_never_imports_torch(space: Space):
     first = space.sdbuild("recipe.toml", python=("-X", "importtime"))
     again = space.sdbuild("recipe.toml", python=("-X", "importtime"))
 
-    assert "| torch" in first.stderr.replace("|  ", "| ").replace("|   ", "| ").replace("  ", "")
+    assert "torch" in first.stderr
     assert "torch" not in again.stderr
     assert again.stdout.splitlines()[-1] == "nothing to do: 1 artifact up to date"
 
