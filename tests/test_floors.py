@@ -13,9 +13,10 @@ PACKAGE = Path(sdmerge_build.__file__).parent
 FLOORS = [
     {"errors", "dtypes", "events"},
     {"digest", "files", "tomltext"},
-    {"formula", "matrix", "tensorfile"},
+    {"formula", "matrix", "tensorfile", "architectures"},
     {"recipe", "writer"},
-    {"methods", "architectures", "sources"},
+    {"methods", "formats"},
+    {"sources"},
     {"ratio", "blend", "rehearse", "schema"},
     {"plan", "store", "emit"},
     {"keys", "check"},
@@ -29,7 +30,7 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 HOMES = {
-    "torch": {"merge", "methods"},
+    "torch": {"merge", "methods", "formats"},
     "networkx": {"plan"},
     "click": {"cli"},
     "rich": {"console", "cli"},
