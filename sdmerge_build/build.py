@@ -9,20 +9,21 @@ import importlib
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdmerge_build import __version__
 from sdmerge_build.check import Checked, check
-from sdmerge_build.emit import can_reemit, reemit
+from sdmerge_build.emit import reemit
 from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SpaceError
 from sdmerge_build.events import State, Watcher
 from sdmerge_build.files import Snapshot, as_space_error, free_space, readable_size
+from sdmerge_build.lineage import shares_of
 from sdmerge_build.manifest import is_current, manifest_of, manifest_path, write_manifest
 from sdmerge_build.passes import Leaf, Output, Pass, plan_passes
-from sdmerge_build.prepare import Options, Prepared, Wish, joined, prepare
+from sdmerge_build.prepare import Options, Prepared, Wish, gather, joined, prepare
 from sdmerge_build.tensorfile import Layout, lay_out, read_header
 from sdmerge_build.writer import Written
 
@@ -41,6 +42,7 @@ class Report:
     bytes_read: int
     bytes_written: int
     published: int
+    missing: Mapping[str, int]  # bytes that a plan would have to download, by source
     seconds: float
     warnings: Sequence[str]
 
@@ -57,7 +59,7 @@ def build(path: Path, options: Options, watcher: Watcher) -> Report:
     """
     began = time.monotonic()
     torch = _TorchImport()
-    prepared = prepare(path, options, watcher, on_read=torch.start)
+    prepared = prepare(path, options, watcher, on_read=torch.start, is_plan=False)
     prepared.store.sweep()
     run = _Run(prepared, options, watcher)
     if any(wish.state in {State.WANTED, State.EMITTED} for wish in prepared.wishes):
@@ -71,7 +73,7 @@ def build(path: Path, options: Options, watcher: Watcher) -> Report:
 def plan_build(path: Path, options: Options, watcher: Watcher) -> Report:
     """Say what `build` would do. Sources nothing is known of are read, to know their keys; nothing is built."""
     began = time.monotonic()
-    prepared = prepare(path, options, watcher, on_read=lambda: None)
+    prepared = prepare(path, options, watcher, on_read=lambda: None, is_plan=True)
     run = _Run(prepared, options, watcher)
     if any(wish.state in {State.WANTED, State.EMITTED} for wish in prepared.wishes):
         run.plan()
@@ -128,28 +130,29 @@ class _Run:
     def check(self) -> Checked:
         """Infer every tensor, once, when it is first needed."""
         if self._checked is None:
-            headers = {name: source.header for name, source in self._prepared.found.items()}
-            self._checked = check(self._prepared.plan, headers)
+            self._checked = check(self._prepared.plan, self._prepared.supply.headers)
         return self._checked
 
     def plan(self) -> None:
         """Check what is to be made, lay it out, and plan the passes. Raises every mismatch at once, unless told to keep going."""
         checked, plan = self.check(), self._prepared.plan
-        for wish in self._wishes(State.WANTED, State.EMITTED):
+        for wish in self._wishes(State.WANTED):
             if issues := [issue for name in plan.ancestors(wish.step.name) for issue in checked.issues.get(name, ())]:
                 wish.state, wish.error = State.FAILED, RecipeError(*issues)
         if (errors := [wish.error for wish in self._prepared.wishes if wish.error]) and not self._options.keep_going:
             raise joined(errors)
         for wish in self._wishes(State.WANTED, State.EMITTED):
-            name = wish.step.name
-            self._layouts[name] = lay_out(checked.tensors[name].values(), wish.metadata)
-            if wish.stored and not can_reemit(read_header(wish.stored.path), self._layouts[name]):
-                wish.state, wish.stored = State.WANTED, None
-        self._plan_passes()
+            specs = read_header(wish.stored.path).tensors if wish.stored else checked.tensors.get(wish.step.name)
+            if specs is not None:
+                self._layouts[wish.step.name] = lay_out(specs.values(), wish.metadata)
+        if all(wish.step.name in self._layouts for wish in self._wishes(State.WANTED)):
+            self._plan_passes()
 
     def _plan_passes(self) -> None:
         prepared = self._prepared
-        leaves = {name: Leaf(name=name, path=found.path, header=found.header, snapshot=found.snapshot) for name, found in prepared.found.items()}
+        leaves = {
+            name: Leaf(name=name, path=found.path, header=found.header, snapshot=found.snapshot) for name, found in prepared.supply.found.items()
+        }
         for wish in self._wishes(State.REUSED, State.EMITTED):
             if wish.stored:
                 leaves[wish.step.name] = Leaf(name=wish.step.name, path=wish.stored.path, header=read_header(wish.stored.path))
@@ -174,8 +177,10 @@ class _Run:
         needed = sum(self._layouts[wish.step.name].size for wish in self._wishes(State.WANTED, State.EMITTED))
         with self._prepared.store.partial() as folder, as_space_error(folder, needed):
             done = [self._reemit(wish, folder) for wish in self._wishes(State.EMITTED)]
-            if not all(done):
-                self._plan_passes()  # once more, with what could not be re-emitted
+            if not all(done):  # what could not be re-emitted is merged, and needs its sources
+                gather(self._prepared, is_plan=False)
+                self._checked = None
+                self.plan()
             for walk in self._passes:
                 self._merge(walk, folder, torch)
 
@@ -206,7 +211,7 @@ class _Run:
         _check_unchanged(walk)
         names = [output.name for output in walk.outputs]
         self._watcher.started(", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} artifacts", walk.bytes_written)
-        results = merge.run(walk, targets, self._options.jobs, self._watcher.advanced, keep_going=self._options.keep_going)
+        results = merge.run(walk, targets, self._options.reach.jobs, self._watcher.advanced, keep_going=self._options.keep_going)
         self._watcher.finished()
         _check_unchanged(walk)
         versions = {"sdbuild": __version__, "torch": merge.torch.__version__}
@@ -219,8 +224,17 @@ class _Run:
 
     def _commit(self, wish: Wish, target: Path, written: Written, state: State, versions: dict[str, str]) -> None:
         facts = {"name": wish.step.name, "versions": versions, "began": self._began, "ended": time.time()}
+        if shares := self._shares(wish):
+            facts["shares"] = shares
         wish.stored = self._prepared.store.commit(target, written, wish.tensor_key, wish.artifact_key, facts)
         wish.state = state
+
+    def _shares(self, wish: Wish) -> Any:
+        """Return the sources' shares in the order of the ancestry: those of the tensors that are copied, or those of the merge."""
+        if wish.stored:
+            return wish.stored.trace.get("shares")
+        shares = shares_of(self._prepared.plan, wish.step, self.check())
+        return [[share.mean, share.least, share.most] for share in shares.values()] if shares else None
 
     def publish(self) -> int:
         """Make every finished artifact appear with its manifest; return how many were not there yet."""
@@ -230,9 +244,9 @@ class _Run:
             assert wish.stored, "BUG: a finished artifact is in the store"
             published += bool(store.publish(wish.stored, wish.target))
             path = manifest_path(wish.target)
-            if not is_current(path, plan, wish.stored, self._prepared.found):
-                found, described = self._prepared.found, self._prepared.described
-                write_manifest(path, manifest_of(plan, wish.step, wish.stored, described, found, self.check(), self._options.rehearse))
+            facts, described = self._prepared.supply.facts, self._prepared.described
+            if not is_current(path, plan, wish.stored, facts):
+                write_manifest(path, manifest_of(plan, wish.step, wish.stored, described, facts, self._options.rehearse))
         return published
 
     def report(self, published: int, seconds: float) -> Report:
@@ -244,6 +258,7 @@ class _Run:
             bytes_read=sum(walk.bytes_read for walk in self._passes) + sum(emitted),
             bytes_written=sum(walk.bytes_written for walk in self._passes) + sum(emitted),
             published=published,
+            missing=dict(self._prepared.missing),
             seconds=seconds,
             warnings=tuple(self._checked.notes) if self._checked else (),
         )

@@ -65,7 +65,7 @@ def _architecture_issues(plan: Plan, name: str, header: Header) -> Iterator[Issu
     wanted = plan.architecture
     if wanted.name == GENERIC or wanted.fits(header.tensors):
         return
-    where = plan.recipe.where("source", name)
+    where = plan.where("source", name)
     actual = recognise(header.tensors)
     if actual.name != GENERIC:
         what = f"source `{name}` is a {actual.title} checkpoint, but the recipe merges {wanted.title}"
@@ -105,7 +105,7 @@ class _StepChecker:
         self._find_idle_patterns()
         if not tensors and not self._complaints:
             self._complain("would have no tensor at all")
-        where = self._plan.recipe.where("step", self._step.name)
+        where = self._plan.where("step", self._step.name)
         issues = [
             Issue(where=where, what=f"step `{self._step.name}` {what}{f': {named_briefly(names)}' if names[0] else ''}", hint=hint)
             for (what, hint), names in self._complaints.items()

@@ -127,7 +127,8 @@ def _summary(report: Report, *, is_plan: bool) -> str:
         todo = counts[State.WANTED] + counts[State.EMITTED]
         if not todo:
             return _nothing_to_do(report)
-        return f"{_artifacts(todo)} to make: {readable_size(report.bytes_read)} to read, {readable_size(report.bytes_written)} to write"
+        fetch = f"{readable_size(sum(report.missing.values()))} to fetch, " if report.missing else ""
+        return f"{_artifacts(todo)} to make: {fetch}{readable_size(report.bytes_read)} to read, {readable_size(report.bytes_written)} to write"
     if counts[State.REUSED] == len(report.wishes) and not report.published:
         return _nothing_to_do(report)
     parts = [f"{count} {_DONE[state]}" for state, count in counts.items() if count]
@@ -148,6 +149,7 @@ def report_as_json(report: Report, *, is_plan: bool) -> dict[str, Any]:
     return {
         "recipe": str(report.recipe),
         "artifacts": [_wish_as_json(wish, words[wish.state], is_plan=is_plan) for wish in report.wishes],
+        "bytes_to_fetch": dict(report.missing),
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
         "seconds": round(report.seconds, 3),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdmerge_build.errors import IntegrityError, Issue
-from sdmerge_build.tensorfile import Header, Layout
+from sdmerge_build.tensorfile import Header, Layout, lay_out
 from sdmerge_build.writer import Writer, Written
 
 __all__ = ["can_reemit", "reemit"]
@@ -17,9 +17,9 @@ __all__ = ["can_reemit", "reemit"]
 CHUNK = 4 << 20
 
 
-def can_reemit(header: Header, layout: Layout) -> bool:
-    """Tell whether a file's data section is what the layout asks for, byte for byte."""
-    return dict(header.tensors) == {spec.name: spec for spec in layout.specs}
+def can_reemit(header: Header) -> bool:
+    """Tell whether a file's data section lies as it would if it were written now."""
+    return dict(header.tensors) == {spec.name: spec for spec in lay_out(header.tensors.values(), {}).specs}
 
 
 def reemit(stored: Path, header: Header, layout: Layout, target: Path, tensor_digest: str, advanced: Callable[[int], None]) -> Written:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
+import re
 import shutil
 import stat
 import uuid
@@ -24,6 +26,8 @@ __all__ = [
     "as_space_error",
     "flush_to_disk",
     "free_space",
+    "is_abandoned",
+    "owner_tag",
     "place",
     "read_regular",
     "readable_size",
@@ -59,6 +63,34 @@ def read_regular(path: Path, limit: int = 64 << 20) -> bytes:
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             raise OSError(errno.EINVAL, "not a regular file, or too large", str(path))
         return file.read()
+
+
+def owner_tag() -> str:
+    """Make a unique name, HOST-PID-UUID, that says which process a temporary file belongs to."""
+    return f"{_host()}-{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def is_abandoned(tag: str) -> bool:
+    """Tell whether what has this name belonged to a process of this machine that is gone; false for names that are no tag."""
+    host, _, pid = tag.rpartition("-")[0].rpartition("-")
+    return host == _host() and re.fullmatch("[0-9]{1,9}", pid) is not None and not _is_running(int(pid))
+
+
+def _host() -> str:
+    return platform.node().replace("-", "_") or "host"
+
+
+def _is_running(pid: int) -> bool:
+    """Tell whether a process of this machine lives. Where asking would end it (Windows), open files protect themselves from removal."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def umask() -> int:

@@ -18,7 +18,7 @@ from sdmerge_build.digest import blake3_hex
 from sdmerge_build.formula import relabelled
 from sdmerge_build.keys import Description
 from sdmerge_build.plan import Plan, Step
-from sdmerge_build.sources import Found
+from sdmerge_build.supply import Facts
 
 __all__ = ["Share", "claimed_ancestors", "metadata_of", "readable_formula", "shares_of"]
 
@@ -35,10 +35,10 @@ class Share:
     most: float
 
 
-def metadata_of(plan: Plan, step: Step, described: Mapping[str, Description], found: Mapping[str, Found], rehearsal: str) -> dict[str, str]:
+def metadata_of(plan: Plan, step: Step, described: Mapping[str, Description], facts: Mapping[str, Facts], rehearsal: str) -> dict[str, str]:
     """Compose the header metadata of an artifact: no clock, no path, nothing that another machine would write differently."""
     sources = [name for name in plan.ancestors(step.name) if name in plan.sources]
-    lineage = _canonical(_lineage(plan, step, described))
+    lineage = _canonical(_lineage(plan, step, described, facts))
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -58,7 +58,7 @@ def metadata_of(plan: Plan, step: Step, described: Mapping[str, Description], fo
         return metadata | {"sdbuild.rehearsal": rehearsal}
     return metadata | {
         "sd_merge_recipe": _canonical(_webui_recipe(plan, step)),
-        "sd_merge_models": _canonical(_webui_models(plan, sources, found)),
+        "sd_merge_models": _canonical(_webui_models(plan, sources, facts)),
     }
 
 
@@ -132,17 +132,23 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _lineage(plan: Plan, step: Step, described: Mapping[str, Description]) -> dict[str, Any]:
+def _lineage(plan: Plan, step: Step, described: Mapping[str, Description], facts: Mapping[str, Facts]) -> dict[str, Any]:
     """Describe the whole ancestry, sources first."""
     names = plan.ancestors(step.name)
     sources = [
         {"name": name, "tensors": described[name].key}
+        | _conversion(facts[name])
         | plan.sources[name].model_dump(include={"sha256", "blake3", "uri", "license", "credit", "homepage", "permissions"}, exclude_none=True)
         for name in names
         if name in plan.sources
     ]
     steps = [{"name": name, "facts": dict(described[name].facts), "inputs": dict(described[name].inputs)} for name in names if name in plan.steps]
     return {"lineage": 1, "sources": sources, "steps": steps}
+
+
+def _conversion(facts: Facts) -> dict[str, Any]:
+    """Say what a source was converted from; its own file's sha256 is known then, pinned or not, and names the file that was published."""
+    return ({"converted_from": facts.kind} | ({"sha256": facts.sha256} if facts.sha256 else {})) if facts.kind else {}
 
 
 def _webui_recipe(plan: Plan, step: Step) -> dict[str, Any]:
@@ -167,14 +173,14 @@ def readable_formula(step: Step) -> str:
     return relabelled(str(step.params["formula"]), dict(zip(step.roles, step.inputs, strict=True)))
 
 
-def _webui_models(plan: Plan, sources: list[str], found: Mapping[str, Found]) -> dict[str, Any]:
+def _webui_models(plan: Plan, sources: list[str], facts: Mapping[str, Facts]) -> dict[str, Any]:
     """List the pinned parents by sha256, after the ancestors they claim in their own metadata."""
     models: dict[str, Any] = {}
     for name in sources:
-        models |= claimed_ancestors(found[name].header.metadata)
+        models |= claimed_ancestors(facts[name].claims)
     for name in sources:
         if sha256 := plan.sources[name].sha256:
-            recipe = found[name].header.metadata.get("sd_merge_recipe")
+            recipe = facts[name].claims.get("sd_merge_recipe")
             models[sha256.lower()] = {"name": name, "legacy_hash": None, "sd_merge_recipe": recipe if recipe and len(recipe) <= MAX_CLAIM else None}
     return models
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdmerge_build.check import Checked
 from sdmerge_build.errors import printable
 from sdmerge_build.files import read_regular, replacing
 from sdmerge_build.keys import Description
-from sdmerge_build.lineage import claimed_ancestors, readable_formula, shares_of
+from sdmerge_build.lineage import claimed_ancestors, readable_formula
 from sdmerge_build.plan import Plan, Step
-from sdmerge_build.sources import Found
 from sdmerge_build.store import Stored
+from sdmerge_build.supply import Facts
+from sdmerge_build.tensorfile import read_header
 from sdmerge_build.tomltext import too_deep
 
 __all__ = ["described_in", "is_current", "manifest_of", "manifest_path", "write_manifest"]
@@ -33,22 +33,19 @@ def manifest_path(artifact: Path) -> Path:
 
 
 def manifest_of(
-    plan: Plan, step: Step, stored: Stored, described: Mapping[str, Description], found: Mapping[str, Found], checked: Checked, rehearsal: str
+    plan: Plan, step: Step, stored: Stored, described: Mapping[str, Description], facts: Mapping[str, Facts], rehearsal: str
 ) -> dict[str, Any]:
     """Compose a manifest, sources and steps in an order in which each comes after what it stands on."""
     names = plan.ancestors(step.name)
-    shares = shares_of(plan, step, checked)
+    used = [name for name in names if name in plan.sources]
     sources = []
     claimed: list[dict[str, Any]] = []
-    for name in (n for n in names if n in plan.sources):
-        share = {"share": shares[name].mean} if shares else {}
-        if shares and shares[name].least != shares[name].most:
-            share |= {"share_least": shares[name].least, "share_most": shares[name].most}
-        sources.append({"name": name} | share | _source(plan, name, found[name]))
-        claimed += [{"by": name, "sha256": sha256, "name": entry["name"]} for sha256, entry in claimed_ancestors(found[name].header.metadata).items()]
+    for name, share in zip(used, _shares(stored, len(used)), strict=True):
+        sources.append({"name": name} | share | _source(plan, name, facts[name]))
+        claimed += [{"by": name, "sha256": sha256, "name": entry["name"]} for sha256, entry in claimed_ancestors(facts[name].claims).items()]
     manifest: dict[str, Any] = {
         "manifest": VERSION,
-        "artifact": _artifact(plan, step, stored, checked) | ({"rehearsal": rehearsal} if rehearsal else {}),
+        "artifact": _artifact(plan, step, stored) | ({"rehearsal": rehearsal} if rehearsal else {}),
         "reproduce": _reproduce(plan, step, stored, rehearsal),
         "source": sources,
         "step": [_step(plan.steps[n], described[n]) for n in names if n in plan.steps],
@@ -65,15 +62,16 @@ def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         tomli_w.dump(dict(manifest), file)
 
 
-def is_current(path: Path, plan: Plan, stored: Stored, found: Mapping[str, Found]) -> bool:
-    """Tell whether a manifest is there and speaks of this artifact, this recipe and these files."""
+def is_current(path: Path, plan: Plan, stored: Stored, facts: Mapping[str, Facts]) -> bool:
+    """Tell whether a manifest is there and speaks of this artifact, these recipes and these files."""
     table = _read(path)
     try:
         artifact, reproduce, sources = table["artifact"], table["reproduce"], table["source"]
         return (
             (artifact["key"], artifact["sha256"]) == (stored.trace["artifact_key"], stored.sha256)
             and (reproduce["recipe"], reproduce["recipe_digest"]) == (printable(plan.recipe.path.name), plan.recipe.digest)
-            and all(source["size"] == found[source["name"]].header.file_size for source in sources)
+            and reproduce.get("recipes", {}) == _other_digests(plan)
+            and all(source["size"] == facts[source["name"]].size for source in sources)
         )
     except (KeyError, TypeError):
         return False
@@ -116,8 +114,16 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _artifact(plan: Plan, step: Step, stored: Stored, checked: Checked) -> dict[str, Any]:
-    specs = checked.tensors[step.name].values()
+def _shares(stored: Stored, count: int) -> list[dict[str, float]]:
+    """Take the sources' shares from the trace, in the order of the ancestry; a trace that has none, or other ones, says nothing."""
+    shares = stored.trace.get("shares")
+    if not isinstance(shares, list) or len(shares) != count:
+        return [{} for _ in range(count)]
+    return [{"share": mean} | ({"share_least": least, "share_most": most} if least != most else {}) for mean, least, most in shares]
+
+
+def _artifact(plan: Plan, step: Step, stored: Stored) -> dict[str, Any]:
+    specs = read_header(stored.path).tensors.values()
     return {
         "name": step.name,
         "title": step.title,
@@ -141,15 +147,25 @@ def _reproduce(plan: Plan, step: Step, stored: Stored, rehearsal: str) -> dict[s
         "command": f"sdbuild {recipe} --only {step.name}{flag}",
         "recipe": recipe,
         "recipe_digest": plan.recipe.digest,
+        **({"recipes": _other_digests(plan)} if plan.others else {}),
         "versions": stored.trace["versions"],
     }
 
 
-def _source(plan: Plan, name: str, found: Found) -> dict[str, Any]:
+def _other_digests(plan: Plan) -> dict[str, str]:
+    """List the digests of the recipes that were read beside the root, by their place seen from its folder."""
+    return {name: recipe.digest for name, recipe in plan.others.items()}
+
+
+def _source(plan: Plan, name: str, facts: Facts) -> dict[str, Any]:
     said = plan.sources[name]
-    digests = {"sha256": said.sha256 and found.digests.sha256, "blake3": said.blake3 and found.digests.blake3}
-    facts = {"size": found.header.file_size, "tensor_digest": found.digests.tensors} | digests | {key: getattr(said, key) for key in _DECLARED}
-    return {key: value for key, value in facts.items() if value is not None}
+    digests = {
+        "sha256": facts.sha256 if said.sha256 or facts.kind else None,
+        "blake3": facts.blake3 if said.blake3 else None,
+        "converted_from": facts.kind or None,
+    }
+    told = {"size": facts.size, "tensor_digest": facts.tensors} | digests | {key: getattr(said, key) for key in _DECLARED}
+    return {key: value for key, value in told.items() if value is not None}
 
 
 def _step(step: Step, description: Description) -> dict[str, Any]:

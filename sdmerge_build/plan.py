@@ -1,58 +1,66 @@
-"""Owns the plan: the recipe with its names resolved to methods, ratios and an order of steps.
+"""Owns the plan: recipes with their names resolved to methods, ratios and one order of steps.
 
-Has never heard of files, headers or keys; it knows only what the recipe says. The one module that uses networkx.
+Has never heard of headers, tensors or keys; of files it knows only that recipes name other recipes. The one module that uses networkx.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import os.path
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import networkx as nx
 
 from sdmerge_build.architectures import ARCHITECTURES, Architecture, architecture_named
-from sdmerge_build.dtypes import RECIPE_NAMES
-from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest
-from sdmerge_build.formula import FormulaError, evaluate, names_in, parse_formula, show
-from sdmerge_build.methods import REQUIRED, Method, Parameter, methods
-from sdmerge_build.ratio import MAX_ENTRIES, RatioError, read_ratio
-from sdmerge_build.recipe import FormError, Recipe, SourceTable, StepTable, read_recipe
+from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest, printable
+from sdmerge_build.recipe import FormError, Recipe, SourceTable, read_recipe
 from sdmerge_build.sources import UriError, page_of
+from sdmerge_build.sources.uri import RecipeAddress, parse_uri
+from sdmerge_build.steps import Call, Step, StepReader, complete_step
 
-__all__ = ["Plan", "Step", "plan_file", "plan_recipe"]
+__all__ = ["Origin", "Plan", "Step", "plan_file", "plan_recipe"]
+
+MAX_RECIPES = 100
+_MADE = ("path", "filename", "size", "sha256", "blake3")  # what says which file a source is; a step of a recipe is none
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One application of a method, everything resolved that the recipe alone can resolve."""
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a source or step of a plan was said: the recipe, and the name it has there."""
 
+    recipe: Recipe
     name: str
-    method: Method
-    inputs: tuple[str, ...]  # names of sources or steps, in the method's order
-    roles: tuple[str, ...]  # what the method calls them
-    params: Mapping[str, Any]  # `Ratio`, tuple of `Ratio`, tuple of str, bool; for formulas their canonical text
-    is_artifact: bool
-    dtype: str  # a safetensors dtype, or `keep`
-    compute: str  # `fp32`, `fp64` or `native`
-    missing: str
-    extra: str
-    mismatch: str
-    nonfinite: str
-    title: str
-    about: Mapping[str, str]  # author, description and license, where said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Steps in an order in which each comes after what it needs; only what the wanted artifacts need."""
+    """Steps in an order in which each comes after what it needs; only what the wanted artifacts need.
 
-    recipe: Recipe
+    Names of the root recipe are as they are; those of others are `REL#NAME`, with the file's place seen from the root recipe's folder.
+    """
+
+    recipe: Recipe  # the root
+    others: Mapping[str, Recipe]  # REL → recipe, every file that was read beside the root
     architecture: Architecture
     sources: Mapping[str, SourceTable]
     steps: Mapping[str, Step]
     wanted: tuple[str, ...]  # artifacts asked for, in recipe order
+    origins: Mapping[str, Origin]  # of every source and step
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """List every recipe that was read, the root first."""
+        return (self.recipe, *self.others.values())
+
+    def tables(self) -> list[tuple[str, Recipe]]:
+        """List every recipe with what stands in front of its names."""
+        return [("", self.recipe), *((f"{name}#", recipe) for name, recipe in self.others.items())]
+
+    def where(self, kind: str, name: str, *fields: str | int) -> str:
+        """Name the file and line of a `source` or `step`, in the recipe that says it."""
+        origin = self.origins[name]
+        return origin.recipe.where(kind, origin.name, *fields)
 
     def ancestors(self, name: str) -> list[str]:
         """List what a step stands on, and itself, parents first, in the order steps name them: the order of the file does not count."""
@@ -69,208 +77,195 @@ class Plan:
 
 
 def plan_file(path: Path, only: Collection[str] = ()) -> Plan:
-    """Read and plan a recipe. Raises `RecipeError` with everything that is wrong with its form and its meaning, in file order."""
-    try:
-        recipe = read_recipe(path)
-    except FormError as form:
-        try:
-            if form.sound:
-                plan_recipe(form.sound, only)
-        except RecipeError as meaning:
-            raise RecipeError(*in_file_order([*form.issues, *meaning.issues])) from form
-        raise
-    return plan_recipe(recipe, only)
+    """Read and plan a recipe and those it names.
+
+    Raises `RecipeError` with everything that is wrong with their form and their meaning, file by file, the root first.
+    """
+    issues: list[Issue] = []
+    return _planned(_read(path, issues), only, issues)
 
 
 def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
-    """Resolve every name in a recipe. Raises `RecipeError` with everything that does not resolve.
+    """Resolve every name in a recipe and in those it names. Raises `RecipeError` with everything that does not resolve.
 
     `only` asks for some artifacts instead of all.
     """
-    issues: list[Issue] = []
-    table = recipe.table
-    if table.architecture not in ARCHITECTURES:
-        hint = nearest(table.architecture, ARCHITECTURES) or f"known are {', '.join(f'`{a}`' for a in ARCHITECTURES)}"
-        what = f"architecture `{table.architecture}` is not known"
-        raise RecipeError(Issue(where=recipe.where("architecture"), what=what, hint=hint))
-    reader = _StepReader(recipe, architecture_named(table.architecture), issues)
-    calls = {name: reader.call(name, step) for name, step in table.step.items()}
-    issues += _bad_sources(recipe)
+    return _planned(recipe, only, [])
+
+
+def _planned(root: Recipe | None, only: Collection[str], issues: list[Issue]) -> Plan:
+    if root is None:
+        raise RecipeError(*issues)
+    shelf = _Shelf(root, issues)
+    steps = {file.prefix + name: (file, name) for file in shelf.files for name in file.read_steps()}
     graph: nx.DiGraph[str] = nx.DiGraph()
-    graph.add_nodes_from(calls)
-    graph.add_edges_from((i, name) for name, call in calls.items() if call for i in call.inputs if i in calls)
-    issues += _cycles(recipe, graph)
-    defaults = table.defaults.artifact
-    artifacts = dict.fromkeys(n for n in calls if _is_artifact(table.step[n].artifact, defaults, is_used=bool(graph.out_degree(n))))
-    if not artifacts and not issues:
-        issues.append(
-            Issue(where=recipe.where("step"), what="no step is an artifact, so there is nothing to build", hint="write `artifact = true` in one")
-        )
-    issues += _bad_wishes(recipe, only, artifacts)
-    if issues:
-        raise RecipeError(*in_file_order(issues))
-    wanted = tuple(n for n in artifacts if not only or n in only)
+    graph.add_nodes_from(steps)
+    graph.add_edges_from((i, full) for full, (file, name) in steps.items() for i in file.inputs(name) if i in steps)
+    _complain_of_cycles(graph, steps)
+    used = {i for i, full in graph.edges if steps[i][0] is steps[full][0]}  # an artifact of another recipe is one here too
+    artifacts = dict.fromkeys(full for full, (file, name) in steps.items() if file.is_artifact(name, is_used=full in used))
+    wanted = [full for full in artifacts if steps[full][0] is shelf.files[0]]
+    if not wanted and not issues:
+        what = "no step is an artifact, so there is nothing to build"
+        issues.append(Issue(where=root.where("step"), what=what, hint="write `artifact = true` in one"))
+    issues += _bad_wishes(root, only, wanted)
+    shelf.check()
+    wanted = [full for full in wanted if not only or full in only]
     needed = set(wanted).union(*nx.bfs_layers(graph.reverse(copy=False), wanted))
-    position = {name: n for n, name in enumerate(calls)}
-    order = [n for n in nx.lexicographical_topological_sort(graph, position.__getitem__) if n in needed]
-    steps = {n: reader.finish(n, calls[n], is_artifact=n in artifacts) for n in order}
-    used = {i for step in steps.values() for i in step.inputs}
-    sources = {n: s for n, s in table.source.items() if n in used}
-    return Plan(recipe=recipe, architecture=reader.architecture, sources=sources, steps=steps, wanted=wanted)
+    position = {full: n for n, full in enumerate(steps)}
+    order = [full for full in nx.lexicographical_topological_sort(graph, position.__getitem__) if full in needed]
+    planned = {full: steps[full][0].step(steps[full][1], is_artifact=full in artifacts) for full in order}
+    reached = {i for step in planned.values() for i in step.inputs}
+    sources = {file.prefix + name: (file, name) for file in shelf.files for name in file.recipe.table.source if file.prefix + name in reached}
+    return Plan(
+        recipe=root,
+        others={file.prefix.removesuffix("#"): file.recipe for file in shelf.files[1:]},
+        architecture=architecture_named(root.table.architecture),
+        sources={full: file.recipe.table.source[name] for full, (file, name) in sources.items()},
+        steps=planned,
+        wanted=tuple(wanted),
+        origins={full: Origin(file.recipe, name) for full, (file, name) in ({full: steps[full] for full in order} | sources).items()},
+    )
 
 
-def _is_artifact(said: bool | None, default: bool | None, *, is_used: bool) -> bool:
-    """Tell whether a step's result is kept: as it says, or as the defaults say, or when no other step uses it."""
-    return said if said is not None else bool(default) or not is_used
+@dataclass(slots=True, kw_only=True)
+class _File:
+    """One of the recipes that are planned together, and what is wrong with it."""
+
+    recipe: Recipe
+    prefix: str  # in front of its names: nothing for the root's, `REL#` for another's
+    issues: list[Issue]
+    aliases: dict[str, str] = field(default_factory=dict)  # source → the step of another recipe that it is; nothing when there is none
+    calls: dict[str, Call | None] = field(default_factory=dict)
+
+    def complain(self, source: str, field: str, *, what: str, hint: str = "") -> None:
+        """Say what is wrong with a field of a source."""
+        self.issues.append(Issue(where=self.recipe.where("source", source, field), what=f"source `{source}`: {what}", hint=hint))
+
+    def read_steps(self) -> Collection[str]:
+        """Read what every step applies to what, and return the names of those that were read."""
+        architecture = self.recipe.table.architecture
+        self.issues += _bad_sources(self.recipe)
+        if architecture in ARCHITECTURES:
+            reader = StepReader(self.recipe, architecture_named(architecture), self.issues)
+            self.calls = {name: reader.call(name, step) for name, step in self.recipe.table.step.items()}
+        else:
+            hint = nearest(architecture, ARCHITECTURES) or f"known are {', '.join(f'`{a}`' for a in ARCHITECTURES)}"
+            what = f"architecture `{architecture}` is not known"
+            self.issues.append(Issue(where=self.recipe.where("architecture"), what=what, hint=hint))
+        return self.calls
+
+    def inputs(self, name: str) -> tuple[str, ...]:
+        """List what a step is made of, by names of the plan."""
+        call = self.calls[name]
+        return tuple(self.aliases.get(i, self.prefix + i) for i in call.inputs) if call else ()
+
+    def is_artifact(self, name: str, *, is_used: bool) -> bool:
+        """Tell whether a step's result is kept: as it says, or as the defaults say, or when no other step of its recipe uses it."""
+        said, default = self.recipe.table.step[name].artifact, self.recipe.table.defaults.artifact
+        return said if said is not None else bool(default) or not is_used
+
+    def step(self, name: str, *, is_artifact: bool) -> Step:
+        """Complete a step."""
+        full_name, inputs = self.prefix + name, self.inputs(name)
+        return complete_step(self.recipe, name, self.calls[name], full_name=full_name, inputs=inputs, is_artifact=is_artifact)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    """A method and what a step gives it."""
+class _Shelf:
+    """Reads a recipe's other recipes, and theirs, each file once, nearest first."""
 
-    method: Method
-    inputs: tuple[str, ...]
-    roles: tuple[str, ...]
-    params: Mapping[str, Any]
+    def __init__(self, root: Recipe, issues: list[Issue]) -> None:
+        self.files = [_File(recipe=root, prefix="", issues=issues)]
+        self._home = root.path.parent.resolve()
+        self._known: dict[Path, _File | None] = {root.path.resolve(): self.files[0]}  # by real path; none for what cannot be read
+        self._issues = [issues]  # of every file, those that cannot be read too
+        for file in self.files:  # which grow
+            for name, source in file.recipe.table.source.items():
+                if address := _recipe_address(source.uri or ""):
+                    file.aliases[name] = self._resolved(file, name, address.file, address.step)
 
+    def check(self) -> None:
+        """Raise what is wrong with any file, in the order of files and of their lines."""
+        if issues := [issue for issues in self._issues for issue in in_file_order(issues)]:
+            raise RecipeError(*issues)
 
-class _StepReader:
-    """Sorts a step's fields into models and parameters by its method's signature, and complains of the rest."""
+    def _resolved(self, file: _File, name: str, said: str, step: str) -> str:
+        """Return the plan's name for a step of another recipe; complain, and return nothing, when there is none."""
+        other = self._open(file, name, said)
+        if other is None:
+            return ""
+        table = other.recipe.table
+        if step in table.step:
+            return other.prefix + step
+        what, hint = f"`{said}` has no step `{step}`", nearest(step, table.step)
+        if step in table.source:
+            what = f"`{step}` is a source of `{said}`, not a step"
+            hint = "an address names what a recipe makes; write the source itself here, with its own `path` or `uri`"
+        return file.complain(name, "uri", what=what, hint=hint) or ""
 
-    def __init__(self, recipe: Recipe, architecture: Architecture, issues: list[Issue]) -> None:
-        self._recipe = recipe
-        self.architecture = architecture
-        self._issues = issues
-        self._names = frozenset({*recipe.table.source, *recipe.table.step})
+    def _open(self, file: _File, name: str, said: str) -> _File | None:
+        """Return a recipe that another names, read when it is first named."""
+        path = file.recipe.path.parent / said
+        real = _real_path(path)
+        if real is None:
+            return file.complain(name, "uri", what=f"there is no recipe `{said}`", hint="its place is seen from this recipe's folder")
+        if real in self._known:
+            return self._known[real]
+        if len(self._known) == MAX_RECIPES:
+            file.complain(name, "uri", what=f"`{said}` is one recipe too many: at most {MAX_RECIPES} are read together")
+        self._known[real] = None
+        if len(self._known) > MAX_RECIPES:
+            return None
+        plain = Path(os.path.normpath(path))
+        issues: list[Issue] = []
+        self._issues.append(issues)
+        recipe = _read(plain if _real_path(plain) == real else path, issues)
+        if recipe is None:
+            return None
+        root = self.files[0].recipe.table.architecture
+        if recipe.table.architecture != root:
+            what = f"`{said}` is of architecture `{recipe.table.architecture}`, but the recipe to be built is of `{root}`"
+            file.complain(name, "uri", what=what, hint="recipes that are built together name the same `architecture`")
+        self._known[real] = other = _File(recipe=recipe, prefix=f"{self._relative(path)}#", issues=issues)
+        self.files.append(other)
+        return other
 
-    def call(self, name: str, step: StepTable) -> _Call | None:
-        """Read what a step applies to what; None when an issue was found that leaves it without meaning."""
-        if (step.formula is None) == (step.method is None):
-            what = f"step `{name}` {'has both `formula` and' if step.formula else 'needs either `formula` or'} `method`"
-            inner = next(
-                (key for key, value in (step.model_extra or {}).items() if isinstance(value, dict) and not step.model_fields_set - {key}), ""
-            )
-            return self._complain(name, what=what, hint=f'a name with a dot needs quotes: [step."{name}.{inner}"]' if inner else "")
-        return self._formula(name, step) if step.formula else self._method(name, step)
-
-    def finish(self, name: str, call: _Call | None, *, is_artifact: bool) -> Step:
-        """Complete a step with its fields and the recipe's defaults."""
-        assert call is not None, "BUG: a step without meaning was planned"
-        said, defaults = self._recipe.table.step[name], self._recipe.table.defaults
-
-        def field(key: str, otherwise: str) -> str:
-            return getattr(said, key) or getattr(defaults, key) or otherwise
-
-        dtype = field("dtype", "fp16") if is_artifact else said.dtype or "fp32"
-        return Step(
-            name=name,
-            method=call.method,
-            inputs=call.inputs,
-            roles=call.roles,
-            params=call.params,
-            is_artifact=is_artifact,
-            dtype=RECIPE_NAMES[dtype],
-            compute=field("compute", "fp32"),
-            missing=field("missing", "error"),
-            extra=field("extra", "error"),
-            mismatch=field("mismatch", "error"),
-            nonfinite=field("nonfinite", "error"),
-            title=said.title or name,
-            about={key: text for key in ("author", "description", "license") if (text := field(key, ""))},
-        )
-
-    def _complain(self, name: str, *fields: str, what: str, hint: str = "") -> None:
-        self._issues.append(Issue(where=self._recipe.where("step", name, *fields), what=what, hint=hint))
-
-    def _formula(self, name: str, step: StepTable) -> _Call | None:
-        for field in step.model_extra or {}:
-            self._complain(name, field, what=f"step `{name}` has an unknown field `{field}`", hint=nearest(field, StepTable.model_fields))
+    def _relative(self, path: Path) -> str:
+        """Say where a recipe lies, seen from the root's folder: names must not depend on where both lie."""
+        there = path.parent.resolve() / path.name
         try:
-            expression = parse_formula(step.formula or "", self._names)
-        except FormulaError as error:
-            return self._complain(name, "formula", what=f"the formula of step `{name}` {error}", hint=error.hint)
-        inputs = tuple(names_in(expression))
-        roles = tuple(str(n) for n in range(1, len(inputs) + 1))
-        text = show(expression, {i: f"[{role}]" for i, role in zip(inputs, roles, strict=True)})
+            return printable(Path(os.path.relpath(there, self._home)).as_posix())
+        except ValueError:  # another drive
+            return printable(there.as_posix())
 
-        def apply(*models: Any, formula: str) -> Any:  # noqa: ARG001  the text is there for keys
-            return evaluate(expression, dict(zip(inputs, models, strict=True)))
 
-        method = Method(name="formula", version=1, function=apply, models=(), parameters={}, title="Evaluate a formula.")
-        return _Call(method=method, inputs=inputs, roles=roles, params={"formula": text})
+def _read(path: Path, issues: list[Issue]) -> Recipe | None:
+    """Read a recipe, or what is sound of it; what is wrong with its form is added to `issues`."""
+    try:
+        return read_recipe(path)
+    except RecipeError as error:
+        issues += error.issues
+        return error.sound if isinstance(error, FormError) else None
 
-    def _method(self, name: str, step: StepTable) -> _Call | None:
-        method = methods().get(step.method or "")
-        if method is None:
-            what = f"step `{name}` asks for method `{step.method}`, which does not exist"
-            return self._complain(name, "method", what=what, hint=nearest(step.method or "", methods()))
-        given = dict(step.model_extra or {})
-        models = method.models or ("models",)
-        inputs: list[str] = []
-        for role in models:
-            if role not in given:
-                self._complain(name, what=f"step `{name}` lacks `{role}`, a model that `{method.name}` needs")
-            said = given.pop(role, None)
-            inputs += self._inputs(name, role, said, several=not method.models) if said is not None else ()
-        count = len(said) if not method.models and isinstance(said, list) else None
-        params = {p.name: self._param(name, p, given.pop(p.name, p.default), count) for p in method.parameters.values()}
-        for field in given:
-            hint = nearest(field, [*models, *method.parameters, *StepTable.model_fields]) or f"`sdbuild methods {method.name}` lists its fields"
-            self._complain(name, field, what=f"step `{name}` has an unknown field `{field}`", hint=hint)
-        roles = method.models or tuple(str(n) for n in range(1, len(inputs) + 1))
-        return _Call(method=method, inputs=tuple(inputs), roles=roles, params=params)
 
-    def _inputs(self, name: str, role: str, value: Any, *, several: bool) -> Iterable[str]:
-        """Read one model, or the list `models`; names that mean nothing are complained of and left out."""
-        listed = value if several else [value]
-        if not isinstance(listed, list) or not listed or not all(isinstance(i, str) for i in listed):
-            shape = "a list of names" if several else "a name"
-            self._complain(name, role, what=f"`{role}` of step `{name}` must be {shape}")
-            return
-        for i in listed:
-            if i in self._names:
-                yield i
-            else:
-                what = f"step `{name}` names `{i}`, which is neither a source nor a step"
-                self._complain(name, role, what=what, hint=nearest(i, self._names))
+def _real_path(path: Path) -> Path | None:
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):  # a path no system knows leads nowhere
+        return None
 
-    def _param(self, name: str, parameter: Parameter, value: Any, models: int | None) -> Any:
-        """Read one parameter by its kind; complaints leave None behind."""
-        what = f"`{parameter.name}` of step `{name}`"
-        if value is REQUIRED:
-            return self._complain(name, what=f"step `{name}` lacks `{parameter.name}`")
-        try:
-            match parameter.kind:
-                case "Ratio":
-                    return read_ratio(value, self.architecture)
-                case "list[Ratio]":
-                    if not isinstance(value, list) or len(value) != (len(value) if models is None else models):
-                        message = f"must be a list of {'' if models is None else f'{models} '}ratios, one per model"
-                        raise RatioError(message)
-                    return tuple(read_ratio(item, self.architecture) for item in value)
-                case "Selection":
-                    return self._selection(value)
-        except RatioError as error:
-            return self._complain(name, parameter.name, what=f"{what} {error}", hint=error.hint)
-        message = f"BUG: no reader for parameters of kind `{parameter.kind}`"
-        raise AssertionError(message)
 
-    def _selection(self, value: Any) -> tuple[str, ...]:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
-            raise RatioError("must be a list of components or globs")
-        if len(items) > MAX_ENTRIES:
-            raise RatioError(f"has more than {MAX_ENTRIES} entries")
-        components = self.architecture.components
-        for item in items:
-            if components and item not in components and not set(item) & set("*?[."):
-                message = f"names `{item}`, which is neither a component of {self.architecture.title} nor a glob"
-                raise RatioError(message, nearest(item, components) or f"components are {', '.join(components)}")
-        return tuple(sorted(set(items)))
+def _recipe_address(uri: str) -> RecipeAddress | None:
+    """Read a `recipe:` address; none for other addresses, and for one that nobody can read."""
+    try:
+        address = parse_uri(uri)
+    except UriError:
+        return None
+    return address if isinstance(address, RecipeAddress) else None
 
 
 def _bad_sources(recipe: Recipe) -> Iterator[Issue]:
-    """Find sources that say nothing they could be found by, or an address nobody can read."""
+    """Find sources that say nothing they could be found by, an address nobody can read, or pins of what is yet to be made."""
     for name, source in recipe.table.source.items():
         if not (source.path or source.filename or source.sha256 or source.blake3 or source.uri):
             what = f"source `{name}` says nothing that it could be found by"
@@ -280,23 +275,30 @@ def _bad_sources(recipe: Recipe) -> Iterator[Issue]:
         except UriError as error:
             hint = "write https://…, civitai:MODEL@VERSION, hf:OWNER/REPO/FILE@REVISION or recipe:OTHER.toml#STEP"
             yield Issue(where=recipe.where("source", name, "uri"), what=f"source `{name}`: {error}", hint=hint)
+        if _recipe_address(source.uri or ""):
+            for pin in (key for key in _MADE if getattr(source, key) is not None):
+                what = f"source `{name}` has `{pin}`, but it is what the other recipe makes; pins have no meaning"
+                yield Issue(where=recipe.where("source", name, pin), what=what, hint=f"leave out `{pin}`, or the `recipe:` address")
 
 
-def _cycles(recipe: Recipe, graph: nx.DiGraph[str]) -> list[Issue]:
-    """Show each knot of steps that depend on each other, once, as a path with its lines."""
-    issues = []
-    for knot in nx.strongly_connected_components(graph):
-        inside = graph.subgraph(sorted(knot))
+def _complain_of_cycles(graph: nx.DiGraph[str], steps: Mapping[str, tuple[_File, str]]) -> None:
+    """Show each knot of steps that depend on each other, once, as a path with its lines, to the file that the path begins in."""
+
+    def where(full: str) -> str:
+        file, name = steps[full]
+        return file.recipe.where("step", name)
+
+    for knot in sorted(map(sorted, nx.strongly_connected_components(graph))):
+        inside = graph.subgraph(knot)
         if len(knot) == 1 and not inside.size():
             continue
         ring = [edge[0] for edge in nx.find_cycle(inside)]
-        first = min(range(len(ring)), key=lambda n: ring[n])
+        first = min(range(len(ring)), key=lambda n: (steps[ring[n]][0].prefix, ring[n]))
         path = [*ring[first:], *ring[:first], ring[first]]
         shown = path if len(path) <= 12 else [*path[:6], "…", *path[-5:]]
         what = f"steps depend on each other: {' → '.join(f'`{n}`' for n in shown)}"
-        lines = ", ".join(f"`{n}` at {recipe.where('step', n)}" for n in shown[:-1] if n != "…")
-        issues.append(Issue(where=recipe.where("step", path[0]), what=what, hint=f"the steps are {lines}"))
-    return sorted(issues, key=str)
+        lines = ", ".join(f"`{n}` at {where(n)}" for n in shown[:-1] if n != "…")
+        steps[path[0]][0].issues.append(Issue(where=where(path[0]), what=what, hint=f"the steps are {lines}"))
 
 
 def _bad_wishes(recipe: Recipe, only: Collection[str], artifacts: Collection[str]) -> list[Issue]:

@@ -9,18 +9,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sdmerge_build.errors import Issue, RecipeError, SdbuildError
+from sdmerge_build.check import check
+from sdmerge_build.emit import can_reemit
+from sdmerge_build.errors import Issue, RecipeError, SdbuildError, SpaceError
 from sdmerge_build.events import State, Watcher
+from sdmerge_build.files import free_space, readable_size
 from sdmerge_build.keys import Description, artifact_key, describe_all, differences
 from sdmerge_build.lineage import metadata_of
+from sdmerge_build.lock import Lock, lock_path, read_lock
 from sdmerge_build.manifest import described_in, manifest_path
 from sdmerge_build.plan import Plan, Step, plan_file
 from sdmerge_build.rehearse import stand_ins
-from sdmerge_build.sources import Found, Search, find_sources
 from sdmerge_build.store import Store, Stored
+from sdmerge_build.supply import Reach, Supply
 from sdmerge_build.tensorfile import read_header
 
-__all__ = ["Options", "Prepared", "Wish", "joined", "prepare"]
+__all__ = ["Options", "Prepared", "Wish", "gather", "joined", "prepare"]
 
 
 _DERIVED = ("sdbuild.lineage", "sd_merge_recipe", "sd_merge_models")
@@ -32,8 +36,7 @@ class Options:
 
     out: Path | None = None
     store: Path = Path("cache")
-    models: tuple[Path, ...] = ()
-    jobs: int = 1
+    reach: Reach = field(default_factory=Reach)
     only: tuple[str, ...] = ()
     rehearse: str = ""  # `tiny`, `full`, or nothing
     keep_going: bool = False
@@ -64,47 +67,100 @@ class Wish:
     error: SdbuildError | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Prepared:
-    """A recipe, ready to be built."""
+    """A recipe, ready to be built; what is known of its sources grows as they arrive."""
 
     plan: Plan
     store: Store
-    found: dict[str, Found]
-    described: dict[str, Description]
+    supply: Supply
     wishes: list[Wish]
+    options: Options
+    described: dict[str, Description] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """Return the bytes still to be downloaded, by source."""
+        return self.supply.missing
 
 
-def prepare(path: Path, options: Options, watcher: Watcher, on_read: Callable[[], None]) -> Prepared:
-    """Read, plan, find and describe. `on_read` is called before large files are read, when a build has become likely.
+def prepare(path: Path, options: Options, watcher: Watcher, on_read: Callable[[], None], *, is_plan: bool) -> Prepared:
+    """Read, plan, look for sources, describe, and look up what is there. `on_read` is called before large files are read.
 
-    Raises what is wrong with the recipe, and, unless `options.keep_going`, every source that is not to be had.
+    A plan looks at headers from afar where it must, and downloads nothing. Raises what is wrong with the recipe, and, unless
+    `options.keep_going`, every source that is not to be had.
     """
     plan = plan_file(path, only=options.only)
     store = Store(options.store_root)
+    lock = Lock(path=lock_path(path), exists=False, entries={}) if options.rehearse else read_lock(lock_path(path))
     if options.rehearse:
         plan = _rehearsed(plan, options, watcher)
-
-    def reading(nbytes: int) -> None:
-        on_read()
-        watcher.started("reading sources", nbytes)
-
-    search = Search(folders=options.models, memo=store.memo, jobs=options.jobs, reading=reading, advanced=watcher.advanced)
-    found, errors = find_sources(plan.recipe, plan.sources, search)
-    watcher.finished()
-    if errors and not options.keep_going:
-        raise joined(list(errors.values()))
-    described = describe_all(plan, {name: source.digests.tensors for name, source in found.items()})
+    reach = replace(options.reach, folders=(), locked=False) if options.rehearse else options.reach
+    supply = Supply(plan, store, lock, reach, watcher, on_read)
     wishes = [Wish(step=plan.steps[name], target=options.out_folder / f"{name}.safetensors") for name in plan.wanted]
-    prepared = Prepared(plan=plan, store=store, found=found, described=described, wishes=wishes)
+    prepared = Prepared(plan=plan, store=store, supply=supply, wishes=wishes, options=options)
+    supply.look()
+    _raise_errors(prepared)
+    _look_up_all(prepared)
+    gather(prepared, is_plan=is_plan)
     _refuse_to_replace_sources(prepared)
-    for wish in wishes:
-        if wish.step.name in described:
-            _look_up(wish, prepared, options.rehearse)
-        else:
-            wish.state = State.BLOCKED
-            wish.error = joined([errors[n] for n in plan.ancestors(wish.step.name) if n in errors])
     return prepared
+
+
+def gather(prepared: Prepared, *, is_plan: bool) -> None:
+    """Get the sources of everything that must be made: from this machine, or, once their headers and the disk are seen to fit, from elsewhere."""
+    plan, supply = prepared.plan, prepared.supply
+    needed = {name for wish in prepared.wishes if wish.state is State.WANTED for name in plan.ancestors(wish.step.name) if name in plan.sources}
+    supply.seek(needed)
+    supply.order(needed, is_plan=is_plan)
+    _raise_errors(prepared)
+    if supply.missing:
+        _check_beforehand(prepared)
+    if supply.orders and not is_plan:
+        supply.fetch()
+        _raise_errors(prepared)
+    _look_up_all(prepared)
+
+
+def _raise_errors(prepared: Prepared) -> None:
+    errors = prepared.supply.errors
+    if errors and not prepared.options.keep_going:
+        raise joined(list(errors.values()))
+
+
+def _look_up_all(prepared: Prepared) -> None:
+    """Describe what has become known, and look up what is asked for and has not been looked up."""
+    plan, supply = prepared.plan, prepared.supply
+    prepared.described = describe_all(plan, {name: facts.tensors for name, facts in supply.facts.items()})
+    for wish in prepared.wishes:
+        if wish.state is not State.WANTED:
+            continue
+        sources = [name for name in plan.ancestors(wish.step.name) if name in plan.sources]
+        if errors := [supply.errors[name] for name in sources if name in supply.errors]:
+            wish.state, wish.error = State.BLOCKED, joined(errors)
+        elif not wish.tensor_key and wish.step.name in prepared.described:
+            _look_up(wish, prepared, prepared.options.rehearse)
+        elif not wish.tensor_key:
+            wish.reasons = [f"source `{name}` must be fetched first" for name in sources if name in supply.missing]
+
+
+def _check_beforehand(prepared: Prepared) -> None:
+    """Refuse what would fail after gigabytes: sources that do not fit, or a disk that cannot hold it all. Knows headers only."""
+    plan, options = prepared.plan, prepared.options
+    checked = check(plan, prepared.supply.headers)
+    errors: list[SdbuildError] = []
+    needed = sum(prepared.missing.values())
+    for wish in (wish for wish in prepared.wishes if wish.state is State.WANTED):
+        name = wish.step.name
+        needed += sum(spec.nbytes for spec in checked.tensors.get(name, {}).values())
+        if issues := [issue for ancestor in plan.ancestors(name) for issue in checked.issues.get(ancestor, ())]:
+            wish.state, wish.error = State.FAILED, RecipeError(*issues)
+            errors.append(wish.error)
+    if errors and not options.keep_going:
+        raise joined(errors)
+    if (free := free_space(options.store_root)) < needed:
+        what = f"no space left: {readable_size(needed)} are needed, with what must be fetched; {readable_size(free)} are free"
+        raise SpaceError(Issue(where=str(options.store_root), what=what, hint="free some space, or use another disk with --store and --out"))
 
 
 def joined(errors: list[SdbuildError]) -> SdbuildError:
@@ -123,12 +179,15 @@ def _rehearsed(plan: Plan, options: Options, watcher: Watcher) -> Plan:
 def _refuse_to_replace_sources(prepared: Prepared) -> None:
     """Refuse an artifact or manifest that would take the place of a file it is made from."""
     issues = []
-    inputs = [(source.path, f"source `{name}`") for name, source in prepared.found.items()] + [(prepared.plan.recipe.path, "the recipe")]
+    plan = prepared.plan
+    recipes = [(plan.recipe.path, "the recipe"), *((other.path, f"the recipe `{name}`") for name, other in plan.others.items())]
+    files = [(path, name) for name, source in prepared.supply.found.items() for path in (source.path, source.original) if path]
+    inputs = [(path, f"source `{name}`") for path, name in files] + recipes
     for wish in prepared.wishes:
         for target in (wish.target, manifest_path(wish.target)):
             for path, what in inputs:
                 if target.exists() and target.samefile(path):
-                    where = prepared.plan.recipe.where("step", wish.step.name)
+                    where = plan.where("step", wish.step.name)
                     text = f"artifact `{wish.step.name}` would replace {path}, which is {what}"
                     issues.append(Issue(where=where, what=text, hint="choose another folder with --out, or another name"))
     if issues:
@@ -139,14 +198,14 @@ def _look_up(wish: Wish, prepared: Prepared, rehearsal: str) -> None:
     """Find out whether an artifact, or its tensors, are in the store, and if not, why."""
     plan, store = prepared.plan, prepared.store
     name = wish.step.name
-    wish.metadata = metadata_of(plan, wish.step, prepared.described, prepared.found, rehearsal)
+    wish.metadata = metadata_of(plan, wish.step, prepared.described, prepared.supply.facts, rehearsal)
     wish.tensor_key = prepared.described[name].key
     wish.artifact_key = artifact_key(wish.tensor_key, wish.metadata)
     if stored := store.find(wish.tensor_key, wish.artifact_key):
         wish.state, wish.stored = State.REUSED, stored
         return
     changed = list(_changed_facts(wish, prepared))
-    if stored := store.find_tensors(wish.tensor_key):
+    if (stored := store.find_tensors(wish.tensor_key)) and can_reemit(read_header(stored.path)):
         wish.state, wish.stored = State.EMITTED, stored
         wish.reasons = [*changed, "its tensors are already in the store"] if changed else list(_changed_metadata(stored, wish.metadata))
     else:

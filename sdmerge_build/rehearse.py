@@ -6,6 +6,7 @@ Has never heard of methods or the store. The same seed gives the same bytes on e
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -32,12 +33,18 @@ def stand_ins(architecture: Architecture, sources: Mapping[str, SourceTable], si
     """Replace every source by a stand-in file below `folder`, made if it is not there yet."""
     replaced = {}
     for name, source in sources.items():
-        path = folder / f"{name}-{architecture.name}-{size}-{source.size or 0}.safetensors"
+        path = folder / f"{_file_name(name)}-{architecture.name}-{size}-{source.size or 0}.safetensors"
         if not path.exists():
             stand_in(path, architecture, size, seed=name, file_size=source.size)
         keep = source.model_dump(include={"license", "credit", "homepage", "permissions"})
         replaced[name] = SourceTable(path=str(path.resolve()), **keep)
     return replaced
+
+
+def _file_name(name: str) -> str:
+    """Make a file name of a source's name: that of another recipe's source holds that recipe's path."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)
+    return name if safe == name else f"{safe.lstrip('.-')[-100:]}-{blake3(name.encode()).hexdigest()[:8]}"
 
 
 def stand_in(path: Path, architecture: Architecture, size: str, *, seed: str, file_size: int | None = None) -> None:

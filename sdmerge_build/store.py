@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
-import re
 import shutil
 import stat
 import uuid
@@ -26,9 +24,10 @@ from typing import Any
 
 from sdmerge_build.digest import blake3_hex, is_hex
 from sdmerge_build.errors import SdbuildError
-from sdmerge_build.files import place, read_regular, sync_folder, umask
+from sdmerge_build.files import is_abandoned, owner_tag, place, read_regular, sync_folder, umask
 from sdmerge_build.sources.hashing import Request, learn_digests
 from sdmerge_build.sources.memo import Memo
+from sdmerge_build.sources.stock import Stock
 from sdmerge_build.tensorfile import read_header
 from sdmerge_build.writer import Written
 
@@ -67,6 +66,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.memo = Memo(root / "digests.json")
+        self.stock = Stock(root)
 
     def find(self, tensor_key: str, artifact_key: str) -> Stored | None:
         """Return the artifact of a key, if the store holds it whole."""
@@ -84,7 +84,7 @@ class Store:
     @contextlib.contextmanager
     def partial(self) -> Iterator[Path]:
         """Provide a folder of its own for a running build, gone afterwards."""
-        folder = self.root / "partial" / f"{_host()}-{os.getpid()}-{uuid.uuid4().hex}"
+        folder = self.root / "partial" / owner_tag()
         folder.mkdir(parents=True)
         try:
             yield folder
@@ -95,8 +95,7 @@ class Store:
         """Remove what builds of this machine left behind when they were killed."""
         with contextlib.suppress(OSError):
             for folder in (self.root / "partial").iterdir():
-                host, _, pid = folder.name.rpartition("-")[0].rpartition("-")
-                if host == _host() and re.fullmatch("[0-9]{1,9}", pid) and not _is_running(int(pid)):
+                if is_abandoned(folder.name):
                     shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, model: Path, written: Written, tensor_key: str, artifact_key: str, facts: dict[str, Any]) -> Stored:
@@ -207,23 +206,6 @@ def _is_trace(trace: Any) -> bool:
         and isinstance(versions, dict)
         and all(isinstance(version, str) and version.isprintable() for version in versions.values())
     )
-
-
-def _host() -> str:
-    return platform.node().replace("-", "_") or "host"
-
-
-def _is_running(pid: int) -> bool:
-    """Tell whether a process of this machine lives. Where asking would end it (Windows), open files protect themselves from removal."""
-    if os.name == "nt":
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from sdmerge_build.dtypes import ITEMSIZE
 from sdmerge_build.errors import IntegrityError, Issue
 
-__all__ = ["Header", "Layout", "Spec", "file_order", "lay_out", "read_header"]
+__all__ = ["Header", "Layout", "Spec", "file_order", "header_length", "lay_out", "parse_header", "read_header"]
 
 MAX_HEADER = 50_000_000  # bytes; half of the reference reader's cap, a hundred times the largest real header
 MAX_FOREIGN = 16 << 20  # bytes of a header that is not plain ASCII, which takes four times its size in memory
@@ -106,35 +106,46 @@ def read_header(path: Path) -> Header:
     Raises `IntegrityError` with every complaint found, each naming the tensor at fault, and `OSError` when the file cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
-        raise _refusal(path, "is not a regular file")
+        raise _refusal(str(path), "is not a regular file")
     with path.open("rb") as file:
         file_size = file.seek(0, 2)
         file.seek(0)
         start = file.read(16)
-        length = int.from_bytes(start[:8], "little")
-        if complaint := _bad_length(start, length, file_size):
-            raise _refusal(path, complaint, hint=_other_format(start))
+        length = header_length(start, file_size, str(path))
         file.seek(8)
         raw = file.read(length)
+    return parse_header(raw, file_size, str(path))
+
+
+def header_length(start: bytes, file_size: int, where: str) -> int:
+    """Read the length of a header from the first sixteen bytes of a file. Raises `IntegrityError` when it cannot be believed."""
+    length = int.from_bytes(start[:8], "little")
+    if complaint := _bad_length(start, length, file_size):
+        raise _refusal(where, complaint, hint=_other_format(start))
+    return length
+
+
+def parse_header(raw: bytes, file_size: int, where: str) -> Header:
+    """Check a header's text, which begins at byte 8 of a file of `file_size` bytes. Raises `IntegrityError` with every complaint found."""
     try:
         table = _parse(raw)
         metadata = _metadata(table.pop("__metadata__", {}))
     except _HeaderError as error:
-        raise _refusal(path, str(error)) from error
+        raise _refusal(where, str(error)) from error
     complaints: list[str] = []
     tensors = {name: spec for name, entry in table.items() if (spec := _spec(name, entry, complaints))}
-    complaints = complaints or _bad_offsets(tensors, file_size - 8 - length)
+    complaints = complaints or _bad_offsets(tensors, file_size - 8 - len(raw))
     if complaints:
-        raise _refusal(path, *complaints[:_MOST_COMPLAINTS])
-    return Header(tensors=tensors, metadata=metadata, data_start=8 + length, file_size=file_size)
+        raise _refusal(where, *complaints[:_MOST_COMPLAINTS])
+    return Header(tensors=tensors, metadata=metadata, data_start=8 + len(raw), file_size=file_size)
 
 
 class _HeaderError(ValueError):
     """The header's text is not what the format allows."""
 
 
-def _refusal(path: Path, *complaints: str, hint: str = "") -> IntegrityError:
-    return IntegrityError(*(Issue(where=str(path), what=complaint, hint=hint) for complaint in complaints))
+def _refusal(where: str, *complaints: str, hint: str = "") -> IntegrityError:
+    return IntegrityError(*(Issue(where=where, what=complaint, hint=hint) for complaint in complaints))
 
 
 def _bad_length(start: bytes, length: int, file_size: int) -> str:

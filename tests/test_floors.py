@@ -15,11 +15,12 @@ FLOORS = [
     {"digest", "files", "tomltext"},
     {"formula", "matrix", "tensorfile", "architectures"},
     {"recipe", "writer"},
-    {"methods", "formats"},
+    {"methods", "formats", "lock"},
     {"sources"},
     {"ratio", "blend", "rehearse", "schema"},
+    {"steps"},
     {"plan", "store", "emit"},
-    {"keys", "check"},
+    {"keys", "check", "supply"},
     {"lineage", "passes"},
     {"merge", "manifest"},
     {"prepare"},
@@ -35,7 +36,7 @@ HOMES = {
     "click": {"cli"},
     "rich": {"console", "cli"},
     "pydantic": {"recipe"},
-    "tomli_w": {"manifest"},
+    "tomli_w": {"manifest", "lock"},
     "httpx": {"sources"},
 }
 

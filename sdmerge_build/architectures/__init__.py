@@ -13,10 +13,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from sdmerge_build.architectures.diffusers import FolderNames, read_names
 from sdmerge_build.architectures.layout import Shape, expand
 from sdmerge_build.digest import Digest
 
-__all__ = ["ARCHITECTURES", "BASE", "GENERIC", "Architecture", "architecture_named", "recognise"]
+__all__ = ["ARCHITECTURES", "BASE", "GENERIC", "Architecture", "architecture_named", "folder_names", "recognise", "recognise_folder"]
 
 ARCHITECTURES = ("sd1", "sdxl", "generic")
 GENERIC = "generic"
@@ -104,6 +105,19 @@ def recognise(names: Collection[str]) -> Architecture:
         if architecture.present and architecture.fits(names):
             return architecture
     return architecture_named(GENERIC)
+
+
+@functools.cache
+def folder_names(name: str) -> FolderNames | None:
+    """Load the names that an architecture's tensors have in a diffusers folder; None when they are not known."""
+    table = _table(name).get("diffusers")
+    return read_names(name, table, _table("diffusers"), architecture_named(name).layout()) if table else None
+
+
+def recognise_folder(names: Collection[str]) -> FolderNames | None:
+    """Tell whose names a diffusers folder has, from its `component.name`s; None when nobody's that are known."""
+    known = (folder_names(name) for name in ARCHITECTURES)
+    return next((naming for naming in known if naming and naming.fits(names)), None)
 
 
 @functools.cache

@@ -5,13 +5,13 @@ Has never heard of tensors.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sdmerge_build.build import Report, build, plan_build
+from sdmerge_build.cli.reaching import reach_from, store_from
 from sdmerge_build.console import issues_as_json, print_issues, print_json, report_as_json, report_as_text, watcher_for
 from sdmerge_build.errors import Issue, RecipeError, SdbuildError
 from sdmerge_build.plan import plan_file
@@ -37,6 +37,9 @@ class _BuildCommand(click.Command):
 @click.option("--models", multiple=True, type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="A folder that holds models you own; may be given several times, or SDBUILD_MODELS.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1, 256), help="How many threads compute.  [default: one per core]")
+@click.option("--locked", is_flag=True, help="Fail if anything is not as the recipe's lock says.")
+@click.option("--offline", is_flag=True, help="Ask nobody: use what is on this machine.")
+@click.option("--allow-private", is_flag=True, help="Download from private addresses too, such as a server of your own.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built and why, and build nothing.")
 @click.option("--explain", is_flag=True, help="Say for each artifact which fact changed since it was last built.")
 @click.option("--rehearse", type=click.Choice(SIZES), metavar="[=tiny|full]",
@@ -80,21 +83,10 @@ def build_command(recipes: tuple[Path, ...], as_json: bool, quiet: bool, dry_run
     return error.exit_code if error else next((report.exit_code for report in reports if report.exit_code), 0)
 
 
-def _options(*, out: Path | None, store: Path | None, models: tuple[Path, ...], jobs: int | None, rehearse: str | None, **rest: Any) -> Options:
+def _options(*, out: Path | None, store: Path | None, rehearse: str | None, only: tuple[str, ...], keep_going: bool, **rest: Any) -> Options:
     """Put together what the command line and the environment say."""
-    owned = [Path(folder).expanduser() for folder in os.environ.get("SDBUILD_MODELS", "").split(os.pathsep) if folder]
-    folders = () if rehearse else (*models, *owned)
-    if missing := [folder for folder in folders if not folder.is_dir()]:
-        hint = "SDBUILD_MODELS names it" if missing[0] not in models else ""
-        raise RecipeError(*(Issue(where=str(folder), what="there is no such folder of models", hint=hint) for folder in missing))
-    return Options(
-        out=out,
-        store=store or Path(os.environ.get("SDBUILD_STORE") or "cache"),
-        models=folders,
-        jobs=jobs or os.cpu_count() or 1,
-        rehearse=rehearse or "",
-        **rest,
-    )
+    reach = reach_from(searches=not rehearse, **rest)
+    return Options(out=out, store=store_from(store), reach=reach, rehearse=rehearse or "", only=only, keep_going=keep_going)
 
 
 def _refuse_one_name_for_two(recipes: tuple[Path, ...]) -> None:

@@ -37,7 +37,9 @@ class Memo:
             digests = Digests(**entry["digests"])
         except (KeyError, TypeError, OSError):
             return None
-        sound = is_hex(digests.tensors) and all(value is None or is_hex(value) for value in (digests.sha256, digests.blake3))
+        sound = (digests.tensors == "" or is_hex(digests.tensors)) and all(
+            value is None or is_hex(value) for value in (digests.sha256, digests.blake3)
+        )
         return digests if sound else None
 
     def remember(self, path: Path, digests: Digests, snapshot: Snapshot) -> None:

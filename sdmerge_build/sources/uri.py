@@ -1,40 +1,112 @@
 """Owns the addresses that sources come from: reads them, and names the page a person would open.
 
-Has never heard of the network; downloading is somebody else's work.
-Forms: `https:`, `civitai:MODEL@VERSION[#FILE]`, AIR urns, `hf:OWNER/REPO/FILE@REVISION`, `recipe:OTHER.toml#STEP`.
+Has never heard of the network. Forms: `https:`, `civitai:MODEL@VERSION[#FILE]`, AIR urns, `hf:OWNER/REPO/FILE@REVISION`,
+`recipe:OTHER.toml#STEP`. AIR: https://github.com/civitai/civitai/wiki/AIR; ecosystems are not compared, for hubs disagree on their names.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, urlsplit
 
-__all__ = ["UriError", "page_of"]
+__all__ = ["Address", "CivitaiAddress", "HttpsAddress", "HuggingFaceAddress", "RecipeAddress", "UriError", "page_of", "parse_uri", "without_secrets"]
 
 
 class UriError(ValueError):
-    """An address cannot be read."""
+    """An address cannot be read; its text never quotes a secret."""
 
 
-_HTTPS = re.compile(r"https://[^\s/]+\S*")
-_CIVITAI = re.compile(r"civitai:(?P<model>\d+)@(?P<version>\d+)(?:#\d+)?")
+@dataclass(frozen=True, slots=True)
+class HttpsAddress:
+    """A file at an address of its own."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class CivitaiAddress:
+    """A version of a model on Civitai, and which of its files, where that is said."""
+
+    model: int
+    version: int
+    file: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFaceAddress:
+    """A file of a repository on Hugging Face, at a commit, tag or branch; no file means the only checkpoint there."""
+
+    repo: str
+    file: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeAddress:
+    """A step of another recipe; `file` is seen from the folder of the recipe that says so."""
+
+    file: str
+    step: str
+
+
+Address = HttpsAddress | CivitaiAddress | HuggingFaceAddress | RecipeAddress
+
+_CIVITAI = re.compile(r"civitai:(\d{1,12})@(\d{1,12})(?:#(\d{1,12}))?")
 _AIR = re.compile(
-    r"(?:urn:)?(?:air:)?[a-z0-9]+:[a-z0-9]+:(?P<hub>civitai|huggingface):(?P<model>[^@\s+]+)@(?P<version>[^\s+]+)(?:\+\d+)?", re.IGNORECASE
+    r"(?:urn:)?(?:air:)?[a-z0-9_-]+:[a-z]+:(?P<hub>civitai|huggingface):(?P<model>[^@\s+:]+)@(?P<version>[^\s+:.]+)(?:\+(?P<file>\d{1,12}))?(?:\.\w+)?",
+    re.IGNORECASE,
 )
-_HF = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@\s]+)@(?P<revision>\S+)")
-_RECIPE = re.compile(r"recipe:(?P<file>[^#\s]+\.toml)#(?P<step>\S+)")
+_REPO = r"[\w.-]+/[\w.-]+"
+_HF = re.compile(rf"hf:(?P<repo>{_REPO})/(?P<file>[^@\s?#]+)@(?P<revision>[\w./-]+)")
+_RECIPE = re.compile(r"recipe:(?P<file>[^#]+\.toml)#(?P<step>\S+)")
+_SECRETS = re.compile(r"(?i)token|secret|password|passwd|signature|^(?:(?:x-amz-)?credential|sig|key|api_?key|auth|authorization)$|^key-pair-id$")
+
+
+def parse_uri(uri: str) -> Address:
+    """Read an address. Raises `UriError`."""
+    if match := _CIVITAI.fullmatch(uri):
+        return CivitaiAddress(int(match[1]), int(match[2]), int(match[3]) if match[3] else None)
+    if (match := _HF.fullmatch(uri)) and not {"", ".", ".."} & {*match["file"].split("/"), *match["revision"].split("/")}:
+        return HuggingFaceAddress(match["repo"], match["file"], match["revision"])
+    if match := _RECIPE.fullmatch(uri):
+        return RecipeAddress(match["file"], match["step"])
+    if match := _AIR.fullmatch(uri):
+        if match["hub"].casefold() == "huggingface" and re.fullmatch(_REPO, match["model"]):
+            return HuggingFaceAddress(match["model"], "", match["version"])
+        if match["model"].isdecimal() and match["version"].isdecimal():
+            return CivitaiAddress(int(match["model"]), int(match["version"]), int(match["file"]) if match["file"] else None)
+    if uri.startswith("https://"):
+        return _https(uri)
+    raise UriError(f"`{without_secrets(uri)[:200]}` is not an address sdbuild knows")
+
+
+def _https(uri: str) -> HttpsAddress:
+    try:
+        parts = urlsplit(uri)
+        is_sound = bool(parts.hostname) and parts.port != 0 and uri.isascii() and uri.isprintable() and " " not in uri
+    except ValueError:
+        is_sound = False
+    if not is_sound:
+        raise UriError(f"`{without_secrets(uri)[:200]}` is not an address that can be opened")
+    if parts.username or parts.password or any(_SECRETS.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
+        raise UriError(f"`{without_secrets(uri)[:200]}` holds a secret, which would be published with every artifact; leave it out, and set a token")
+    return HttpsAddress(uri)
+
+
+def without_secrets(url: str) -> str:
+    """Cut from an address what may hold a secret: user, query and fragment."""
+    plain = re.split(r"[?#]", url, maxsplit=1)[0] if "://" in url else url
+    return re.sub(r"://[^/]*@", "://", plain)
 
 
 def page_of(uri: str) -> str:
     """Name the page of an address, for a message; a recipe's address is its own page. Raises `UriError`."""
-    if _HTTPS.fullmatch(uri) or _RECIPE.fullmatch(uri):
-        return uri
-    if match := _CIVITAI.fullmatch(uri):
-        return f"https://civitai.com/models/{match['model']}?modelVersionId={match['version']}"
-    if match := _HF.fullmatch(uri):
-        return f"https://huggingface.co/{match['repo']}/blob/{match['revision']}/{match['file']}"
-    if match := _AIR.fullmatch(uri):
-        if match["hub"].casefold() == "civitai":
-            return f"https://civitai.com/models/{match['model']}?modelVersionId={match['version']}"
-        return f"https://huggingface.co/{match['model']}/tree/{match['version']}"
-    message = f"`{uri[:200]}` is not an address sdbuild knows"
-    raise UriError(message)
+    match parse_uri(uri):
+        case CivitaiAddress(model, version):
+            return f"https://civitai.com/models/{model}?modelVersionId={version}"
+        case HuggingFaceAddress(repo, "", revision):
+            return f"https://huggingface.co/{repo}/tree/{revision}"
+        case HuggingFaceAddress(repo, file, revision):
+            return f"https://huggingface.co/{repo}/blob/{revision}/{file}"
+    return uri

@@ -14,6 +14,7 @@ from conftest import PAIR, Space, digests, states
 from sdmerge_build.errors import IntegrityError
 from sdmerge_build.events import Silent
 from sdmerge_build.prepare import Options
+from sdmerge_build.supply import Reach
 
 
 def run(space: Space, *args: str, **options) -> subprocess.CompletedProcess:
@@ -44,7 +45,7 @@ def test_a_source_changed_between_reading_and_merging_is_refused(space: Space):
     from sdmerge_build.build import build
 
     space.pair()
-    options = Options(store=space.path / "cache", out=space.path / "out", jobs=2)
+    options = Options(store=space.path / "cache", out=space.path / "out", reach=Reach(jobs=2, offline=True))
     with pytest.raises(IntegrityError, match="changed while it was being merged"):
         build(space.path / "recipe.toml", options, Meddler(space))
 
@@ -198,7 +199,7 @@ def test_odd_folders_among_the_partial_ones_are_left_alone(space: Space, name):
     from sdmerge_build import store
 
     space.pair()
-    folder = space.path / "cache" / "partial" / name.replace("HOST", store._host())
+    folder = space.path / "cache" / "partial" / name.replace("HOST", files._host())
     folder.mkdir(parents=True)
     space.build()
 

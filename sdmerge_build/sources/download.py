@@ -1,0 +1,259 @@
+"""Owns the download of one file: resumed wherever it was cut off, hashed while it is written, verified before anybody sees it.
+
+Has never heard of hubs or recipes; it is given an address, and what the file must be. Content decides, whatever servers say meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from sdmerge_build.sources.hashing import FileDigest
+from sdmerge_build.sources.stock import Part
+from sdmerge_build.sources.trust import PastEnd, Unsteady, WebError
+from sdmerge_build.sources.web import DELAYS, Body, Web
+
+__all__ = ["Arrived", "Expected", "WrongFileError", "download"]
+
+CHUNK = 1 << 20  # bytes written and hashed at once
+AHEAD = 8  # chunks that may wait to be written
+PROGRESS = 64 << 10  # bytes of one answer that count as a sign of life
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What a file must be, as far as that is known; `sha256_wanted` asks to learn it."""
+
+    size: int | None = None
+    sha256: str | None = None
+    blake3: str | None = None
+    sha256_wanted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """What a whole file is known by; `tensors` is there for safetensors files."""
+
+    size: int
+    blake3: str
+    sha256: str | None
+    tensors: str | None
+
+
+class WrongFileError(WebError):
+    """The bytes are whole, and not the ones that are meant."""
+
+    def __init__(self, what: str, arrived: Arrived) -> None:
+        super().__init__(what)
+        self.arrived = arrived
+
+
+def download(web: Web, url: str, part: Part, expected: Expected, advanced: Callable[[int], None]) -> Arrived:
+    """Download a file into `part`, going on with what is there. `advanced` hears of bytes, negative ones when some must be fetched again.
+
+    Raises `WebError`, and `WrongFileError` when all of it came in one go and is not what was expected. The file is on disk when it returns.
+    """
+    is_pieced = part.path.stat().st_size > 0
+    while True:
+        with part.path.open("r+b", buffering=0) as file:
+            attempt = _Attempt(web, url, part, expected, advanced, file)
+            arrived, was_pieced = attempt.run()
+            os.fsync(file.fileno())
+        mistakes = _mistakes(expected, arrived)
+        if not mistakes:
+            return arrived
+        part.path.write_bytes(b"")
+        if not (is_pieced or was_pieced):  # pieces of two files may have met; a second time, nothing is pieced together
+            part.remove()
+            raise WrongFileError("; ".join(mistakes), arrived)
+        is_pieced = False
+        advanced(-arrived.size)
+
+
+def _mistakes(expected: Expected, arrived: Arrived) -> list[str]:
+    pins = [(name, getattr(expected, name), getattr(arrived, name)) for name in ("size", "sha256", "blake3")]
+    return [f"its {name} is {actual}, not {wanted}" for name, wanted, actual in pins if wanted is not None and wanted != actual]
+
+
+class _Attempt:
+    """One file from its first byte to its last, in as many answers as it takes."""
+
+    def __init__(self, web: Web, url: str, part: Part, expected: Expected, advanced: Callable[[int], None], file: BinaryIO) -> None:
+        self._web, self._url, self._part, self._expected, self._advanced, self._file = web, url, part, expected, advanced, file
+        self._size = expected.size
+        self._etag = part.etag
+        self._sink = _Sink(file, self._digest())
+        self._answers = 0
+        self._best = 0  # bytes, the farthest this got
+        self._other_total: int | None = None  # what the server said of the size, where that cannot be
+
+    def run(self) -> tuple[Arrived, bool]:
+        """Return what arrived, and whether it came in several pieces."""
+        with ExitStack() as stack:
+            stack.callback(lambda: self._sink.stop())  # noqa: PLW0108  whichever sink there is then
+            self._take_up()
+            failures = 0
+            while not self._is_complete():
+                try:
+                    self._ask()
+                except Unsteady as error:
+                    failures = 0 if self._sink.position - self._best >= PROGRESS else failures + 1
+                    self._best = max(self._best, self._sink.position)
+                    if failures >= error.tries:
+                        raise WebError(error.what, error.hint) from None
+                    if isinstance(error, PastEnd):
+                        self._begin_anew()
+                    if failures > 1 or error.delay:
+                        self._web.wait(error.delay if error.delay is not None else DELAYS[failures - 1])
+            blake3, sha256, tensors = self._sink.finish()
+        size = self._sink.position
+        return Arrived(size=size, blake3=blake3, sha256=sha256, tensors=tensors), self._answers > 1
+
+    def _digest(self) -> FileDigest:
+        return FileDigest(self._size, sha256=bool(self._expected.sha256) or self._expected.sha256_wanted)
+
+    def _is_complete(self) -> bool:
+        return self._size is not None and self._sink.position == self._size
+
+    def _is_certain(self) -> bool:
+        """Tell whether pieces of two files would be noticed: by the validator they come with, or by what the whole must be."""
+        return bool(self._etag or self._expected.sha256 or self._expected.blake3)
+
+    def _take_up(self) -> None:
+        """Hash what an earlier download left; longer than the file can be, it is worth nothing."""
+        have = self._file.seek(0, 2)
+        if not have:
+            return
+        if (self._size is not None and have > self._size) or not self._is_certain():
+            self._file.truncate(0)
+            return
+        self._file.seek(0)
+        while data := self._file.read(CHUNK):
+            self._sink.put(data, is_written=True)
+        self._advanced(have)
+
+    def _begin_anew(self) -> None:
+        """Forget what came, and start with the first byte."""
+        self._advanced(-self._sink.position)
+        self._sink.stop()
+        self._file.truncate(0)
+        self._file.seek(0)
+        self._etag = ""
+        self._sink = _Sink(self._file, self._digest())
+
+    def _ask(self) -> None:
+        """Ask for what is missing, and take what comes."""
+        if self._sink.position and not self._is_certain():
+            self._begin_anew()
+        with self._web.stream(self._url, self._sink.position, etag=self._etag) as body:
+            self._answers += 1
+            self._agree(body)
+            room = None if self._size is None else self._size - self._sink.position
+            waiting: list[bytes] = []
+            held = 0
+            try:
+                for chunk in body.chunks:
+                    if room is not None and len(chunk) > room:
+                        raise Unsteady("the server sends more than the file has")
+                    waiting.append(chunk)
+                    held += len(chunk)
+                    if room is not None:
+                        room -= len(chunk)
+                    if held >= CHUNK:
+                        self._put(waiting)
+                        held = 0
+            finally:
+                self._put(waiting)  # what came before the connection was lost is kept
+            if body.total is None and self._size is None:
+                self._size = self._sink.position  # nobody said how long it is; the end was a proper one
+            elif not self._is_complete():
+                raise Unsteady("the server ended early")
+
+    def _put(self, waiting: list[bytes]) -> None:
+        if waiting:
+            data = b"".join(waiting)
+            waiting.clear()
+            self._sink.put(data)
+            self._advanced(len(data))
+
+    def _agree(self, body: Body) -> None:
+        """Bring what the server sends together with what is here: another file, or another place in it, begins anew."""
+        position = self._sink.position
+        is_other = bool(position and self._etag and body.etag and body.etag != self._etag)
+        if body.start != position and body.start:
+            raise Unsteady("the server sends another part than was asked for")
+        if (body.start != position or is_other) and position:
+            self._begin_anew()
+            if body.start:
+                raise Unsteady("the file changed on its way")
+        if self._expected.size is not None and body.total not in {None, self._expected.size}:
+            what = f"the server offers a file of {body.total} bytes, not of {self._expected.size}"
+            was, self._other_total = self._other_total, body.total
+            raise WebError(what) if was == body.total else Unsteady(what)
+        if not self._sink.position:
+            self._etag = body.etag
+            self._part.note(body.etag)
+            if self._expected.size is None:
+                self._size = body.total
+                self._sink.digest = self._digest()
+
+
+class _Sink:
+    """Writes and hashes what comes, on threads of its own; raises in the giver's thread what went wrong there."""
+
+    def __init__(self, file: BinaryIO, digest: FileDigest) -> None:
+        self._file = file
+        self.digest = digest
+        self.position = 0
+        self._failure: BaseException | None = None
+        self._lanes: list[queue.Queue[tuple[bytes, bool] | None]] = [queue.Queue(AHEAD), queue.Queue(AHEAD)]
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._write, self._hash_sha256)]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, data: bytes, *, is_written: bool = False) -> None:
+        """Hand over the next bytes of the file."""
+        for lane in self._lanes:
+            lane.put((data, is_written))
+        self.position += len(data)
+        if self._failure:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Let what was handed over be written, and end the threads."""
+        for lane, thread in zip(self._lanes, self._threads, strict=True):
+            if thread.is_alive():
+                lane.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def finish(self) -> tuple[str, str | None, str | None]:
+        """Return blake3, sha256 and the tensors' digest, once everything is written."""
+        self.stop()
+        if self._failure:
+            raise self._failure
+        return self.digest.finish()
+
+    def _write(self) -> None:
+        lane = self._lanes[0]
+        while item := lane.get():
+            data, is_written = item
+            if self._failure:
+                continue  # keep taking, so that the giver does not wait for ever
+            try:
+                if not is_written:
+                    view = memoryview(data)
+                    while view:
+                        view = view[self._file.write(view) :]
+                self.digest.feed(data)
+            except BaseException as error:  # noqa: BLE001  raised where bytes are handed over
+                self._failure = error
+
+    def _hash_sha256(self) -> None:
+        while item := self._lanes[1].get():
+            self.digest.feed_sha256(item[0])

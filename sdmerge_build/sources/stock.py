@@ -1,0 +1,121 @@
+"""Owns the source files that the store keeps: downloads on their way, finished ones, and what was converted from other formats.
+
+Has never heard of recipes or the network. Files are named by content and appear by one rename; `rm -rf` of any of them is harmless.
+
+    cache/sources/ab/ab12….safetensors      a downloaded file, by its blake3
+    cache/sources/ab/ab12….KIND.safetensors a safetensors file made of something else, by the digest of what it was made of
+    cache/downloads/KEY.HOST-PID-….part     a download on its way; whoever dies leaves it to be taken over
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdmerge_build.digest import blake3_hex
+from sdmerge_build.files import is_abandoned, owner_tag, read_regular, sync_folder, umask
+
+__all__ = ["Part", "Stock"]
+
+_RELEASED = "released"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A download's file, ours alone, and what is noted of it: the validator of the file it is a part of."""
+
+    path: Path
+
+    @property
+    def _note(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    @property
+    def etag(self) -> str:
+        """Return the validator that the bytes so far came with; empty when there is none, or nothing can be read."""
+        try:
+            table: Any = json.loads(read_regular(self._note, 10_000))
+            etag = table["etag"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return ""
+        return etag if isinstance(etag, str) and etag.isascii() and etag.isprintable() else ""
+
+    def note(self, etag: str) -> None:
+        """Note the validator, before the first byte that came with it is written."""
+        self._note.write_text(json.dumps({"etag": etag}), encoding="utf-8")
+
+    def remove(self) -> None:
+        """Remove what was downloaded."""
+        self.path.unlink(missing_ok=True)
+        self._note.unlink(missing_ok=True)
+
+
+class Stock:
+    """The source files of one store."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "sources"
+        self._downloads = root / "downloads"
+
+    def place_of(self, digest: str, suffix: str) -> Path:
+        """Say where a file of this digest lies, if it is here."""
+        return self.folder / digest[:2] / f"{digest}{suffix}"
+
+    def keep(self, file: Path, digest: str, suffix: str) -> Path:
+        """Move a finished file, which is on disk, to its place by one rename."""
+        place = self.place_of(digest, suffix)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        self.settle(file, place)
+        return place
+
+    @staticmethod
+    def settle(file: Path, place: Path) -> None:
+        """Give a finished file its name."""
+        file.chmod(0o444 & ~umask())
+        file.replace(place)
+        sync_folder(place.parent)
+
+    @contextlib.contextmanager
+    def part(self, *identity: str | None) -> Iterator[Part]:
+        """Provide the part of a download: one that a dead process left, or an empty one. What is left afterwards waits for the next.
+
+        Taking over is one rename, so of two processes one gets it. Two who download the same at once do not meet.
+        """
+        self._downloads.mkdir(parents=True, exist_ok=True)
+        key = blake3_hex(repr(identity).encode())[:32]
+        part = Part(path=self._downloads / f"{key}.{owner_tag()}.part")
+        if orphans := sorted(self._orphans(key), key=_size, reverse=True):
+            with contextlib.suppress(OSError):
+                orphans[0].with_suffix(".json").replace(part.path.with_suffix(".json"))
+            with contextlib.suppress(OSError):
+                orphans[0].replace(part.path)
+            for other in orphans[1:]:
+                Part(path=other).remove()
+        part.path.touch()
+        try:
+            yield part
+        finally:
+            if _size(part.path) > 0:
+                left = part.path.with_name(f"{key}.{_RELEASED}-{os.getpid()}.part")
+                with contextlib.suppress(OSError):
+                    part.path.with_suffix(".json").replace(left.with_suffix(".json"))
+                part.path.replace(left)
+            part.remove()
+
+    def _orphans(self, key: str) -> Iterator[Path]:
+        for path in self._downloads.glob(f"{key}.*.part"):
+            tag = path.name.removeprefix(f"{key}.").removesuffix(".part")
+            if tag.startswith(_RELEASED) or is_abandoned(tag):
+                yield path
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

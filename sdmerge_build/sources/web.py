@@ -1,0 +1,242 @@
+"""Owns conversations over HTTP: redirects by hand, ranges, patience, and what an answer's status means.
+
+Has never heard of models or hubs. The one module that knows httpx; it is imported only when something must really be asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urljoin
+
+import httpx
+
+from sdmerge_build import __version__
+from sdmerge_build.sources.trust import PastEnd, Trust, Unsteady, WebError, host_of, origin_of
+from sdmerge_build.sources.uri import without_secrets
+
+__all__ = ["Body", "Web"]
+
+MOST_REDIRECTS = 5
+MOST_JSON = 8 << 20  # bytes of an answer that is read into memory
+DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds between tries
+LONGEST_DELAY = 120.0  # seconds, whatever a server asks for
+STALLED_SECONDS, STALLED_BYTES = 60.0, 64 << 10  # slower than this is as good as dead
+_BUSY = {408, 425, 429, 500, 502, 503, 504}
+_MOVED = {301, 302, 303, 307, 308}
+_DENIED = {401, 403}
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Body:
+    """A file, or the rest of one, on its way: its first byte's position, and what the server says of the whole."""
+
+    start: int
+    total: int | None  # bytes of the whole file
+    etag: str  # a strong validator, or nothing
+    chunks: Iterator[bytes]
+
+
+class Web:
+    """A client that goes by the rules of `trust`, and stops when `stopping` is set."""
+
+    def __init__(self, trust: Trust) -> None:
+        self.trust = trust
+        self.stopping = threading.Event()
+        headers = {"User-Agent": f"sdbuild/{__version__}", "Accept-Encoding": "identity", "Accept": "*/*"}
+        timeout = httpx.Timeout(15.0, read=30.0, pool=None)
+        self._client = httpx.Client(follow_redirects=False, headers=headers, timeout=timeout)
+
+    def json(self, url: str) -> Any:
+        """Ask for a small JSON document. Raises `WebError`."""
+
+        def ask() -> Any:
+            with self.stream(url) as body:
+                data = b"".join(_limited(body.chunks))
+            try:
+                return json.loads(data)
+            except (ValueError, RecursionError):
+                raise WebError(f"{host_of(url)} answers what is not JSON") from None
+
+        return self.patiently(ask)
+
+    def head(self, url: str) -> Mapping[str, str]:
+        """Ask what a host itself says of a file, without following it elsewhere. Raises `WebError`."""
+
+        def ask() -> Mapping[str, str]:
+            with self._answer("HEAD", url, {}, stays=True) as (response, _):
+                if response.status_code not in _MOVED:
+                    self._check(response, url, has_left=False)
+                return response.headers
+
+        return self.patiently(ask)
+
+    def read(self, url: str, start: int, length: int) -> tuple[bytes, int | None]:
+        """Read some bytes of a file by a ranged request, and return them with the size of the whole. Raises `WebError`."""
+
+        def ask() -> tuple[bytes, int | None]:
+            with self.stream(url, start, length) as body:
+                have = b""
+                for chunk in body.chunks:
+                    have += chunk
+                    if len(have) >= start - body.start + length:
+                        break
+            return have[start - body.start :][:length], body.total
+
+        return self.patiently(ask)
+
+    @contextlib.contextmanager
+    def stream(self, url: str, start: int = 0, length: int | None = None, etag: str = "") -> Iterator[Body]:
+        """Ask once for a file from byte `start`; with `etag`, only if it still is the file that had it. A server may answer with all of it."""
+        headers = {}
+        if start or length is not None:
+            headers["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
+        if start and etag:
+            headers["If-Range"] = etag
+        with self._answer("GET", url, headers) as (response, has_left):
+            if response.status_code == 416 and not start:
+                raise WebError(f"{host_of(url)} says that the file is empty")
+            self._check(response, url, has_left=has_left)
+            yield self._body(response)
+
+    def patiently(self, ask: Callable[[], Result]) -> Result:
+        """Try until it works, or has failed too often; wait longer each time, or as long as the server says."""
+        for failures, delay in enumerate(DELAYS, 1):
+            try:
+                return ask()
+            except Unsteady as error:
+                if failures >= error.tries:
+                    raise
+                self.wait(error.delay if error.delay is not None else delay)
+        return ask()
+
+    def wait(self, seconds: float) -> None:
+        """Wait, unless everything is being stopped."""
+        if self.stopping.wait(seconds):
+            raise WebError("stopped")
+
+    @contextlib.contextmanager
+    def _answer(self, method: str, url: str, headers: Mapping[str, str], *, stays: bool = False) -> Iterator[tuple[httpx.Response, bool]]:
+        """Ask, follow redirects, and give the last answer and whether it comes from another host than was asked."""
+        key, has_left, here = self.trust.key_of(url), False, url
+        for _ in range(MOST_REDIRECTS + 1):
+            self.trust.vet(here)
+            own = {"Authorization": key.value} if key.value and not has_left else {}
+            with self._sent(method, here, {**headers, **own}) as response:
+                target = response.headers.get("location")
+                if response.status_code not in _MOVED or not target:
+                    yield response, has_left
+                    return
+                there = _joined(here, target)
+                self.trust.vet_redirect(here, there)
+                if origin_of(there) != origin_of(here):
+                    if stays:
+                        yield response, has_left
+                        return
+                    has_left = True
+            here = there
+        raise WebError(f"{host_of(url)} redirects more than {MOST_REDIRECTS} times")
+
+    @contextlib.contextmanager
+    def _sent(self, method: str, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
+        """Send one request; what httpx raises, whose texts may hold addresses that are nobody's business, is said in our words."""
+        host = host_of(url)
+        try:
+            with self._client.stream(method, url, headers=headers) as response:
+                stream = response.extensions.get("network_stream")
+                if stream and (peer := stream.get_extra_info("server_addr")):
+                    self.trust.vet_peer(url, str(peer[0]))
+                yield response
+        except (httpx.TransportError, httpx.DecodingError, ssl.SSLError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise WebError(f"{host} cannot prove who it is: its certificate is not accepted") from None
+            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                raise Unsteady(f"no answer from {host}", tries=2) from None
+            raise Unsteady(f"the connection to {host} was lost") from None
+        except (httpx.InvalidURL, UnicodeError):
+            raise WebError(f"`{without_secrets(url)[:200]}` is not an address that can be opened") from None
+
+    def _check(self, response: httpx.Response, url: str, *, has_left: bool) -> None:
+        """Raise what an answer's status means."""
+        status, host = response.status_code, host_of(url)
+        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if status in {200, 206}:
+            if kind in {"text/html", "application/xhtml+xml"}:
+                raise WebError(f"{host} answers with a web page instead of the file, as it does to who is not logged in", self.trust.advice(url))
+            return
+        if status in _BUSY:
+            raise Unsteady(f"{host} is busy ({status})", _retry_after(response.headers))
+        if status == 416:
+            raise PastEnd(f"{host} does not have the rest of the file ({status})")
+        if has_left:
+            raise Unsteady(f"the link that {host} gave is no longer good ({status})")
+        reason = f": {said}" if (said := response.headers.get("x-error-message", "")[:300]) else ""
+        if status in _DENIED:
+            raise WebError(f"{host} refuses ({status}){reason}", self.trust.advice(url))
+        if status in {404, 410}:
+            missing = response.headers.get("x-error-code") or "there is no such file or model"
+            raise WebError(f"{host} answers {status}: {missing[:100]}", "it may have been renamed or taken down")
+        raise WebError(f"{host} answers {status}{reason}")
+
+    def _body(self, response: httpx.Response) -> Body:
+        headers = response.headers
+        length = int(said) if (said := headers.get("content-length", "")).isdecimal() and len(said) < 19 else None
+        start, total = 0, length
+        if response.status_code == 206:
+            match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", headers.get("content-range", "").strip())
+            if not match:
+                raise Unsteady(f"{host_of(str(response.url))} sends a part without saying which")
+            start, total = int(match[1]), int(match[2]) if match[2] != "*" else None
+        is_packed = headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}
+        etag = headers.get("etag", "")
+        return Body(
+            start=start,
+            total=None if is_packed else total,
+            etag="" if etag.startswith("W/") or is_packed else etag,
+            chunks=self._steady(response.iter_bytes() if is_packed else response.iter_raw()),
+        )
+
+    def _steady(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass chunks on; give up on a server that has all but stopped sending, and when everything is being stopped."""
+        began, have = time.monotonic(), 0
+        for chunk in chunks:
+            if self.stopping.is_set():
+                raise WebError("stopped")
+            yield chunk
+            have += len(chunk)
+            if have >= STALLED_BYTES:
+                began, have = time.monotonic(), 0
+            elif time.monotonic() - began > STALLED_SECONDS:
+                raise Unsteady("the server has all but stopped sending")
+
+
+def _joined(here: str, target: str) -> str:
+    try:
+        there = urljoin(here, target)
+        origin_of(there)
+    except ValueError:
+        raise WebError(f"{host_of(here)} redirects to an address that cannot be read") from None
+    return there
+
+
+def _limited(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    have = 0
+    for chunk in chunks:
+        have += len(chunk)
+        if have > MOST_JSON:
+            raise WebError("an answer is too long to be believed")
+        yield chunk
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    said = headers.get("retry-after", "").strip()
+    return min(float(said), LONGEST_DELAY) if re.fullmatch(r"\d{1,9}", said) else None

@@ -1,0 +1,232 @@
+"""Owns which bytes each source is: from recipe, lock, folders, store and hubs to facts that keys can stand on, and to files.
+
+Has never heard of methods or artifacts. Asks least first: the lock, then this machine, then headers from elsewhere, then whole files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError
+from sdmerge_build.events import Watcher
+from sdmerge_build.lock import Entry, Lock
+from sdmerge_build.plan import Plan
+from sdmerge_build.sources import Found, Search, Wanted, find_sources
+from sdmerge_build.store import Store
+from sdmerge_build.tensorfile import Header
+
+if TYPE_CHECKING:
+    from sdmerge_build.sources.offers import Offer
+    from sdmerge_build.sources.remote import Hubs, Order
+
+__all__ = ["CLAIMS", "Facts", "Reach", "Supply"]
+
+CLAIMS = ("sd_merge_models", "sd_merge_recipe")
+"""What lineages read of a source's header."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a source, whether its bytes are here or not."""
+
+    tensors: str  # the digest that keys stand on
+    size: int
+    sha256: str | None
+    blake3: str | None
+    kind: str  # what it is converted from; nothing for a safetensors file
+    claims: Mapping[str, str]
+
+    @classmethod
+    def of(cls, found: Found) -> Facts:
+        """Take the facts of a file."""
+        claims = {name: found.header.metadata[name] for name in CLAIMS if name in found.header.metadata}
+        digests = found.digests
+        kind = "" if found.kind == "safetensors" else found.kind
+        return cls(tensors=digests.tensors, size=found.size, sha256=digests.sha256, blake3=digests.blake3, kind=kind, claims=claims)
+
+    @classmethod
+    def locked(cls, entry: Entry) -> Facts:
+        """Take the facts of a lock's entry."""
+        sha256, blake3 = entry.sha256 or None, entry.blake3 or None
+        return cls(tensors=entry.tensor_digest, size=entry.size, sha256=sha256, blake3=blake3, kind=entry.kind, claims=entry.claims)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """How far to go for a source: which folders, whether the lock is law, whether anybody may be asked."""
+
+    folders: tuple[Path, ...] = ()
+    jobs: int = 1
+    locked: bool = False
+    offline: bool = False
+    allow_private: bool = False
+
+
+class Supply:
+    """The sources of one plan, as they become known."""
+
+    def __init__(
+        self, plan: Plan, store: Store, lock: Lock, reach: Reach, watcher: Watcher, on_read: Callable[[], None], *, learns_all: bool = False
+    ) -> None:
+        self._plan, self._store, self._lock, self._reach, self._watcher = plan, store, lock, reach, watcher
+        folders, memo = reach.folders, store.memo
+        self._search = Search(folders=folders, stock=store.stock, memo=memo, jobs=reach.jobs, watcher=watcher, on_read=on_read, learns_all=learns_all)
+        self._hubs: Hubs | None = None
+        self.facts: dict[str, Facts] = {}
+        self.found: dict[str, Found] = {}
+        self.headers: dict[str, Header] = {}  # of what is here, and of what was looked at from afar
+        self.orders: dict[str, Order] = {}  # what is to be downloaded
+        self.missing: dict[str, int] = {}  # bytes that are to be downloaded for a source
+        self.errors: dict[str, SdbuildError] = {}
+        self._pending: dict[str, SdbuildError] = {}  # what is not on this machine, and could be elsewhere
+        self._absent: dict[str, SdbuildError] = {}  # why what was ordered is not here
+        self._wanted = {
+            name: Wanted(name=name, table=table, folder=plan.origins[name].recipe.path.parent, where=plan.where("source", name))
+            for name, table in plan.sources.items()
+        }
+        self._entries = self._valid_entries()
+
+    def look(self) -> None:
+        """Know what can be known without asking anybody: from the lock, and for what is not in it from files."""
+        locked = {name for name in self._entries if self._wanted[name].local is None}
+        self.facts |= {name: Facts.locked(self._entries[name]) for name in locked}
+        self.seek(set(self._wanted) - locked)
+
+    def seek(self, names: Collection[str]) -> None:
+        """Look for files on this machine: by path, in the folders of models, in the store."""
+        sought = [self._pinned(name) for name in self._wanted if name in names and name not in self.found]
+        found, errors = find_sources(sought, self._search)
+        self._watcher.finished()
+        for name, file in found.items():
+            self._take(name, file)
+        for name, error in errors.items():
+            uri = self._wanted[name].table.uri
+            if isinstance(error, SourceError) and uri:
+                self._pending[name] = error
+            else:
+                self.errors[name] = error
+
+    def order(self, names: Collection[str], *, is_plan: bool) -> None:
+        """Find out where what is not here can be had, and look at its header from afar; for a plan, offline, its size is enough."""
+        for name in [name for name in self._pending if name in names]:
+            error = self._absent[name] = self._pending.pop(name)
+            try:
+                self._order(name, error, is_plan=is_plan)
+            except SourceError as failure:
+                self.errors[name] = SourceError(*dict.fromkeys((*failure.issues, *error.issues)))
+            except SdbuildError as failure:
+                self.errors[name] = failure
+
+    def fetch(self) -> None:
+        """Download what was ordered, and take it as found."""
+        if not self.orders:
+            return
+        orders, self.orders = list(self.orders.values()), {}
+        self._watcher.started(f"fetching {', '.join(order.name for order in orders)}", sum(self.missing.values()))
+        try:
+            arrived = self._remote().fetch(orders, self._store.stock, self._store.memo, self._watcher.advanced)
+        finally:
+            self._watcher.finished()
+        sought = []
+        for name, result in arrived.items():
+            if isinstance(result, SourceError):
+                self.errors[name] = SourceError(*result.issues, *self._absent[name].issues)
+            elif isinstance(result, SdbuildError):
+                self.errors[name] = result
+            else:
+                pinned = self._pinned(name)
+                sought.append(replace(pinned, table=pinned.table.model_copy(update={"path": str(result.resolve())})))
+        found, errors = find_sources(sought, self._search)
+        self.errors |= errors
+        for name, file in found.items():
+            self._take(name, file)
+            del self.missing[name]
+
+    def _valid_entries(self) -> dict[str, Entry]:
+        """Choose the entries of the lock that speak of what the recipes say today; with `locked`, any other is a mistake."""
+        entries, issues = {}, []
+        for name, wanted in self._wanted.items():
+            entry = self._lock.entries.get(name)
+            differences = list(entry.differences(wanted.table)) if entry else ["it is not there"] * self._reach.locked
+            if entry and not differences:
+                entries[name] = entry
+            elif differences:
+                what = f"source `{name}` is not as {self._lock.path.name} says: {'; '.join(differences)}"
+                issues.append(Issue(where=wanted.where, what=what, hint="`sdbuild lock` writes the lock anew"))
+        known = {full for prefix, recipe in self._plan.tables() for full in (prefix + name for name in recipe.table.source)}
+        strays = [name for name in self._lock.entries if name not in known]
+        issues += [Issue(where=str(self._lock.path), what=f"has source `{name}`, which no recipe has", hint="run `sdbuild lock`") for name in strays]
+        if self._reach.locked and not self._lock.exists:
+            issues = [Issue(where=str(self._lock.path), what="there is no lock, and --locked asks for one", hint="run `sdbuild lock` once")]
+        if issues and self._reach.locked:
+            raise RecipeError(*issues)
+        for issue in issues:
+            self._watcher.note(f"{issue.where}: {issue.what}; {issue.hint}")
+        return entries
+
+    def _pinned(self, name: str) -> Wanted:
+        """Add to what the recipe says of a source what the lock knows of its bytes."""
+        wanted, entry = self._wanted[name], self._entries.get(name)
+        if entry is None or not entry.blake3 or wanted.local:
+            return wanted
+        table = wanted.table
+        pins = {"size": entry.size} if table.sha256 or table.blake3 else {"size": entry.size, "blake3": entry.blake3}
+        return replace(wanted, table=table.model_copy(update=pins))
+
+    def _take(self, name: str, file: Found) -> None:
+        """Take a file for a source, if it holds what the lock says."""
+        entry, wanted = self._entries.get(name), self._wanted[name]
+        if entry and entry.tensor_digest != file.digests.tensors:
+            path = file.original or file.path
+            what = (
+                f"source `{name}`: the tensors of {path} have digest {file.digests.tensors}, not {entry.tensor_digest} as {self._lock.path.name} says"
+            )
+            if self._reach.locked or not wanted.local:
+                self.errors[name] = IntegrityError(Issue(where=wanted.where, what=what, hint="`sdbuild lock` writes the lock anew"))
+                return
+            self._watcher.note(what)
+        self.found[name], self.facts[name], self.headers[name] = file, Facts.of(file), file.header
+
+    def _order(self, name: str, error: SdbuildError, *, is_plan: bool) -> None:
+        """Order one source, or raise why it is not to be had."""
+        wanted, entry = self._pinned(name), self._entries.get(name)
+        table, uri = wanted.table, wanted.table.uri or ""
+        if self._reach.offline:
+            if is_plan and entry:
+                self.missing[name] = entry.size
+                return
+            first, *others = error.issues
+            raise SourceError(replace(first, what=f"{first.what}, and --offline forbids asking for it"), *others)
+        for issue in error.issues[1:]:
+            self._watcher.note(f"{issue.where}: {issue.what}")
+        hubs = self._remote()
+        offer = hubs.locked_offer(entry) if entry and entry.address else hubs.offer(name, wanted.where, uri, table, with_terms=False)
+        if not (table.sha256 or table.blake3):
+            raise _unpinned(wanted, offer)
+        order = hubs.order(wanted, offer, learns_all=self._search.learns_all)
+        header, size = hubs.peek(order)
+        if header:
+            self.headers[name] = header
+        self.orders[name], self.missing[name] = order, size or offer.size or 0
+
+    def _remote(self) -> Hubs:
+        """Return the way out; made, and httpx loaded, when it is first needed."""
+        if self._hubs is None:
+            from sdmerge_build.sources.remote import Hubs  # noqa: PLC0415  a build that asks nobody loads no client
+
+            self._hubs = Hubs(allow_private=self._reach.allow_private)
+        return self._hubs
+
+
+def _unpinned(wanted: Wanted, offer: Offer) -> RecipeError:
+    """Refuse to download what nobody has pinned, with the line that pins it."""
+    pin = next((f'`{name} = "{said}"`' for name in ("sha256", "blake3") if (said := getattr(offer, name))), "")
+    advice = (
+        f"write {pin}, which is what {offer.page or 'the hub'} says today, or run `sdbuild lock`"
+        if pin
+        else "run `sdbuild lock`, which notes what it is"
+    )
+    return RecipeError(Issue(where=wanted.where, what=f"source `{wanted.name}` is to be downloaded, and nothing pins what it must be", hint=advice))
