@@ -17,13 +17,14 @@ from typing import Any
 from sdmerge_build import __version__
 from sdmerge_build.check import Checked, check
 from sdmerge_build.emit import reemit
-from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SpaceError
+from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, joined
 from sdmerge_build.events import State, Watcher
-from sdmerge_build.files import Snapshot, as_space_error, free_space, readable_size
+from sdmerge_build.files import Snapshot, as_space_error
 from sdmerge_build.lineage import shares_of
 from sdmerge_build.manifest import is_current, manifest_of, manifest_path, write_manifest
 from sdmerge_build.passes import Leaf, Output, Pass, plan_passes
-from sdmerge_build.prepare import Options, Prepared, Wish, gather, joined, prepare
+from sdmerge_build.prepare import Options, Prepared, Wish, gather, prepare
+from sdmerge_build.supply import refuse_full_disk
 from sdmerge_build.tensorfile import Layout, lay_out, read_header
 from sdmerge_build.writer import Written
 
@@ -168,9 +169,7 @@ class _Run:
         store, out = self._options.store_root, self._options.out_folder
         folders = {_device(folder): folder for folder in (out, store)}
         for folder in folders.values():
-            if (free := free_space(folder)) < needed:
-                what = f"no space left: {readable_size(needed)} are needed, {readable_size(free)} are free"
-                raise SpaceError(Issue(where=str(folder), what=what, hint="free some space, or use another disk with --store and --out"))
+            refuse_full_disk(folder, needed)
 
     def make(self, torch: _TorchImport) -> None:
         """Re-emit and merge what is wanted, and commit it to the store."""

@@ -23,6 +23,7 @@ __all__ = [
     "SourceError",
     "SpaceError",
     "in_file_order",
+    "joined",
     "named_briefly",
     "nearest",
     "printable",
@@ -81,6 +82,12 @@ class SpaceError(SdbuildError):
     """The disk is too full."""
 
     exit_code = 7
+
+
+def joined(errors: list[SdbuildError]) -> SdbuildError:
+    """Make one error of several; the first decides what kind it is."""
+    issues = dict.fromkeys(issue for error in errors for issue in error.issues)
+    return type(errors[0])(*issues)
 
 
 def printable(text: str) -> str:

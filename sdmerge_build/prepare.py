@@ -11,9 +11,8 @@ from pathlib import Path
 
 from sdmerge_build.check import check
 from sdmerge_build.emit import can_reemit
-from sdmerge_build.errors import Issue, RecipeError, SdbuildError, SpaceError
+from sdmerge_build.errors import Issue, RecipeError, SdbuildError, joined
 from sdmerge_build.events import State, Watcher
-from sdmerge_build.files import free_space, readable_size
 from sdmerge_build.keys import Description, artifact_key, describe_all, differences
 from sdmerge_build.lineage import metadata_of
 from sdmerge_build.lock import Lock, lock_path, read_lock
@@ -21,10 +20,10 @@ from sdmerge_build.manifest import described_in, manifest_path
 from sdmerge_build.plan import Plan, Step, plan_file
 from sdmerge_build.rehearse import stand_ins
 from sdmerge_build.store import Store, Stored
-from sdmerge_build.supply import Reach, Supply
+from sdmerge_build.supply import Reach, Supply, refuse_full_disk
 from sdmerge_build.tensorfile import read_header
 
-__all__ = ["Options", "Prepared", "Wish", "gather", "joined", "prepare"]
+__all__ = ["Options", "Prepared", "Wish", "gather", "prepare"]
 
 
 _DERIVED = ("sdbuild.lineage", "sd_merge_recipe", "sd_merge_models")
@@ -158,15 +157,7 @@ def _check_beforehand(prepared: Prepared) -> None:
             errors.append(wish.error)
     if errors and not options.keep_going:
         raise joined(errors)
-    if (free := free_space(options.store_root)) < needed:
-        what = f"no space left: {readable_size(needed)} are needed, with what must be fetched; {readable_size(free)} are free"
-        raise SpaceError(Issue(where=str(options.store_root), what=what, hint="free some space, or use another disk with --store and --out"))
-
-
-def joined(errors: list[SdbuildError]) -> SdbuildError:
-    """Make one error of several; the first decides what kind it is."""
-    issues = dict.fromkeys(issue for error in errors for issue in error.issues)
-    return type(errors[0])(*issues)
+    refuse_full_disk(options.store_root, needed)
 
 
 def _rehearsed(plan: Plan, options: Options, watcher: Watcher) -> Plan:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError
+from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError, SpaceError
 from sdmerge_build.events import Watcher
+from sdmerge_build.files import free_space, readable_size
 from sdmerge_build.lock import Entry, Lock
 from sdmerge_build.plan import Plan
 from sdmerge_build.sources import Found, Search, Wanted, find_sources
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from sdmerge_build.sources.offers import Offer
     from sdmerge_build.sources.remote import Hubs, Order
 
-__all__ = ["CLAIMS", "Facts", "Reach", "Supply"]
+__all__ = ["CLAIMS", "Facts", "Reach", "Supply", "refuse_full_disk"]
 
 CLAIMS = ("sd_merge_models", "sd_merge_recipe")
 """What lineages read of a source's header."""
@@ -78,6 +79,7 @@ class Supply:
         self.facts: dict[str, Facts] = {}
         self.found: dict[str, Found] = {}
         self.headers: dict[str, Header] = {}  # of what is here, and of what was looked at from afar
+        self.offers: dict[str, Offer] = {}  # what hubs say of files
         self.orders: dict[str, Order] = {}  # what is to be downloaded
         self.missing: dict[str, int] = {}  # bytes that are to be downloaded for a source
         self.errors: dict[str, SdbuildError] = {}
@@ -119,6 +121,21 @@ class Supply:
                 self.errors[name] = SourceError(*dict.fromkeys((*failure.issues, *error.issues)))
             except SdbuildError as failure:
                 self.errors[name] = failure
+
+    def resolve(self) -> None:
+        """Ask the hubs what every address means today, with their terms; what they say of a file's bytes must then hold."""
+        for name, wanted in self._wanted.items():
+            if not wanted.table.uri:
+                continue
+            try:
+                offer = self._remote().offer(name, wanted.where, wanted.table.uri, wanted.table, with_terms=True)
+            except SdbuildError as failure:
+                self.errors[name] = failure
+                continue
+            self.offers[name] = offer
+            said = {"sha256": offer.sha256} if offer.sha256 else {"blake3": offer.blake3}
+            if not (wanted.table.sha256 or wanted.table.blake3 or wanted.local) and any(said.values()):
+                self._wanted[name] = replace(wanted, table=wanted.table.model_copy(update=said))
 
     def fetch(self) -> None:
         """Download what was ordered, and take it as found."""
@@ -199,12 +216,14 @@ class Supply:
                 self.missing[name] = entry.size
                 return
             first, *others = error.issues
-            raise SourceError(replace(first, what=f"{first.what}, and --offline forbids asking for it"), *others)
+            self.errors[name] = SourceError(replace(first, what=f"{first.what}, and --offline forbids asking for it"), *others)
+            return
         for issue in error.issues[1:]:
             self._watcher.note(f"{issue.where}: {issue.what}")
         hubs = self._remote()
-        offer = hubs.locked_offer(entry) if entry and entry.address else hubs.offer(name, wanted.where, uri, table, with_terms=False)
-        if not (table.sha256 or table.blake3):
+        offer = self.offers.get(name) or (hubs.locked_offer(entry) if entry and entry.address else None)
+        offer = offer or hubs.offer(name, wanted.where, uri, table, with_terms=False)
+        if not (table.sha256 or table.blake3 or self._search.learns_all):
             raise _unpinned(wanted, offer)
         order = hubs.order(wanted, offer, learns_all=self._search.learns_all)
         header, size = hubs.peek(order)
@@ -230,3 +249,10 @@ def _unpinned(wanted: Wanted, offer: Offer) -> RecipeError:
         else "run `sdbuild lock`, which notes what it is"
     )
     return RecipeError(Issue(where=wanted.where, what=f"source `{wanted.name}` is to be downloaded, and nothing pins what it must be", hint=advice))
+
+
+def refuse_full_disk(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk below `folder` cannot hold."""
+    if (free := free_space(folder)) < needed:
+        what = f"no space left: {readable_size(needed)} are needed, {readable_size(free)} are free"
+        raise SpaceError(Issue(where=str(folder), what=what, hint="free some space, or use another disk with --store and --out"))

@@ -14,6 +14,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from hubs import Hubs, hubs  # noqa: F401  a fixture
 from safetensors.torch import load_file
 
 from sdmerge_build.build import Report, build

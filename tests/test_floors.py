@@ -23,7 +23,7 @@ FLOORS = [
     {"keys", "check", "supply"},
     {"lineage", "passes"},
     {"merge", "manifest"},
-    {"prepare"},
+    {"prepare", "provision"},
     {"build"},
     {"console"},
     {"cli"},

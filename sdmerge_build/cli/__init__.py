@@ -20,6 +20,7 @@ from sdmerge_build import __version__
 from sdmerge_build.cli.build import build_command
 from sdmerge_build.cli.inspect import inspect_command
 from sdmerge_build.cli.methods import methods_command
+from sdmerge_build.cli.provision import fetch_command, lock_command
 from sdmerge_build.console import issues_as_json, print_issues, print_json
 from sdmerge_build.errors import Issue, SdbuildError
 
@@ -57,7 +58,7 @@ def sdbuild(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (build_command, inspect_command, methods_command):
+for command in (build_command, lock_command, fetch_command, inspect_command, methods_command):
     sdbuild.add_command(command)
 
 
