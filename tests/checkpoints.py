@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 
 from sdmerge_build.architectures import architecture_named
@@ -16,7 +17,12 @@ DTYPES = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 def numbers(seed: str, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> torch.Tensor:
     """Make a tensor of weights that look trained; the same for a seed and a name, whatever else is made."""
-    generator = torch.Generator().manual_seed(int.from_bytes(f"{seed}/{name}".encode(), "little") % 2**63)
+    return seeded(int.from_bytes(blake3(f"{seed}/{name}".encode()).digest(8), "little") % 2**63, shape, dtype)
+
+
+def seeded(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Make numbers between -1/8 and 1/8 that need all of a float16's digits."""
+    generator = torch.Generator().manual_seed(seed)
     return (torch.randint(-4096, 4097, shape, generator=generator).to(torch.float64) / 32768 * 1.01).to(dtype)
 
 

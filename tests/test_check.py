@@ -182,7 +182,7 @@ def test_shares_that_do_not_sum_to_one_are_a_warning(space: Space):
 def test_a_full_disk_is_noticed_before_anything_is_computed(space: Space, monkeypatch):
     """The message has the bytes that are needed and those that are free."""
     space.pair()
-    monkeypatch.setattr("sdmerge_build.build.free_space", lambda _: 1000)
+    monkeypatch.setattr("sdmerge_build.supply.free_space", lambda _: 1000)
     with pytest.raises(SpaceError) as caught:
         space.build()
 

@@ -196,7 +196,7 @@ def test_odd_folders_among_the_partial_ones_are_left_alone(space: Space, name):
     """
     Sweeping up after killed builds does not stumble over names it does not know.
     """
-    from sdmerge_build import store
+    from sdmerge_build import files
 
     space.pair()
     folder = space.path / "cache" / "partial" / name.replace("HOST", files._host())
