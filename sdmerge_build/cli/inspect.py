@@ -15,17 +15,24 @@ from typing import Any
 import click
 
 from sdmerge_build.architectures import recognise
+from sdmerge_build.cli.reaching import reach_from, store_from
 from sdmerge_build.console import print_json, watcher_for
 from sdmerge_build.errors import Issue, RecipeError
+from sdmerge_build.events import Watcher
 from sdmerge_build.files import readable_size
 from sdmerge_build.formula import relabelled
 from sdmerge_build.lineage import claimed_ancestors
-from sdmerge_build.sources.hashing import Request, learn_digests
+from sdmerge_build.recipe import SourceTable
+from sdmerge_build.sources import Search, Wanted, find_sources
+from sdmerge_build.sources.foreign import kind_of
+from sdmerge_build.sources.hashing import Digests, Request, learn_digests
+from sdmerge_build.store import Store
 from sdmerge_build.tensorfile import Header, read_header
 
 __all__ = ["inspect_command"]
 
 _SHOWN = 100  # characters of a metadata value
+_KINDS = {"pickle": "a pickle", "shards": "shards with an index", "diffusers": "a diffusers folder"}
 
 
 @click.command("inspect")
@@ -34,19 +41,20 @@ _SHOWN = 100  # characters of a metadata value
 def inspect_command(file: Path, as_json: bool) -> None:
     """Show what a checkpoint holds.
 
-    Architecture, dtypes, components, hashes, metadata and lineage of any safetensors file, and at the
-    end a [source] table to paste into a recipe.
+    Architecture, dtypes, components, hashes, metadata and lineage of any safetensors file, .ckpt, sharded
+    checkpoint or diffusers folder, and at the end a [source] table to paste into a recipe.
     """
     if not file.exists():
         raise RecipeError(Issue(where=str(file), what="there is no such file"))
-    header = read_header(file)
     watcher = watcher_for(is_quiet=as_json)
-    watcher.started("hashing", header.file_size)
+    kind = kind_of(file)
     try:
-        [(digests, _)] = learn_digests([Request(path=file, header=header, sha256=True, blake3=True)], os.cpu_count() or 1, watcher.advanced)
+        header, digests, size = _read(file, watcher) if kind == "safetensors" else _converted(file, watcher)
     finally:
         watcher.finished()
     facts = _facts(header) | {
+        "size": size,
+        "kind": kind,
         "sha256": digests.sha256,
         "model_hash": (digests.sha256 or "")[:10],
         "blake3": digests.blake3,
@@ -61,6 +69,27 @@ def inspect_command(file: Path, as_json: bool) -> None:
         _print(file, facts)
 
 
+def _read(file: Path, watcher: Watcher) -> tuple[Header, Digests, int]:
+    """Read a safetensors file whole."""
+    header = read_header(file)
+    watcher.started("hashing", header.file_size)
+    [(digests, _)] = learn_digests([Request(path=file, header=header, sha256=True, blake3=True)], os.cpu_count() or 1, watcher.advanced)
+    return header, digests, header.file_size
+
+
+def _converted(file: Path, watcher: Watcher) -> tuple[Header, Digests, int]:
+    """Read a pickle or a folder as a build would: converted once, into the store. Its own digests are those of the file as it is."""
+    store = Store(store_from(None))
+    wanted = Wanted(name=file.name, table=SourceTable(path=str(file.resolve())), folder=Path(), where=str(file))
+    reach = reach_from(models=(), jobs=None, searches=False)
+    search = Search(folders=(), stock=store.stock, memo=store.memo, jobs=reach.jobs, watcher=watcher, on_read=lambda: None)
+    found, errors = find_sources([wanted], search)
+    if errors:
+        raise errors[file.name]
+    source = found[file.name]
+    return source.header, source.digests, source.size
+
+
 def _facts(header: Header) -> dict[str, Any]:
     """Summarise a header by component."""
     architecture = recognise(header.tensors)
@@ -72,7 +101,6 @@ def _facts(header: Header) -> dict[str, Any]:
         component["bytes"] += spec.nbytes
         component["dtypes"][spec.dtype] += 1
     return {
-        "size": header.file_size,
         "architecture": architecture.name,
         "title": architecture.title,
         "tensors": len(header.tensors),
@@ -96,7 +124,11 @@ def _print(file: Path, facts: Mapping[str, Any]) -> None:
     click.echo(f"  {facts['tensors']} tensors, {facts['parameters'] / 1e6:.1f} M parameters, {_counted(facts['dtypes'])}")
     for name, part in facts["components"].items():
         click.echo(f"  {name:10} {part['tensors']:5} tensors {part['parameters'] / 1e6:9.1f} M  {_counted(part['dtypes'])}")
+    if facts["kind"] != "safetensors":
+        click.echo(f"  kept as {_KINDS[facts['kind']]}; the tensor digest is that of the safetensors file made of it")
     for name in ("sha256", "model_hash", "blake3", "tensor_digest"):
+        if not facts[name]:
+            continue  # a folder is no file
         click.echo(f"  {name.replace('_', ' '):13} {facts[name]}")
     if facts["metadata"]:
         click.echo("metadata")
@@ -108,9 +140,12 @@ def _print(file: Path, facts: Mapping[str, Any]) -> None:
     for entry in _entries(facts["lineage"], "steps"):
         click.echo(f"step    {_printable(str(entry.get('name')))}  {_described(entry)}")
     _print_claims(facts)
-    click.echo(
-        f'as a source of a recipe:\n\n[source.NAME]\nfilename = "{_printable(file.name)}"\nsize = {facts["size"]}\nsha256 = "{facts["sha256"]}"'
+    known_by = (
+        f'filename = "{_printable(file.name)}"\nsize = {facts["size"]}\nsha256 = "{facts["sha256"]}"'
+        if facts["sha256"]
+        else f'path = "{_printable(str(file))}"'
     )
+    click.echo(f"as a source of a recipe:\n\n[source.NAME]\n{known_by}")
 
 
 def _print_claims(facts: Mapping[str, Any]) -> None:
