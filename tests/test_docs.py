@@ -17,6 +17,7 @@ import checkpoints
 import jsonschema
 import pytest
 from conftest import Space
+from hubs import HubFile, Hubs
 
 from sdmerge_build.cli import sdbuild
 from sdmerge_build.cli.methods import signature
@@ -121,6 +122,42 @@ def test_the_way_to_build_with_owned_models_works(space: Space):
 
     assert run.returncode == 0, run.stderr
     assert sorted(path.name for path in (space.path / "out").glob("*.safetensors")) == [f"EstrildaMix{n}.safetensors" for n in ("", 2, 3)]
+
+
+def test_the_way_to_lock_and_download_works(space: Space, hubs: Hubs):
+    """
+    README's lines for locking, building, fetching and building offline, run as they are, download both parents once.
+    """
+    [block] = [text for text in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "sdbuild lock" in text]
+    text = (ROOT / "recipes" / "estrilda.toml").read_text(encoding="utf-8")
+    for n, (name, source) in enumerate(tomllib.loads(text)["source"].items()):
+        path = checkpoints.write(space.path / "elsewhere", checkpoints.miniature("sd1", name, every=50))
+        data = path.read_bytes()
+        path.unlink()
+        text = text.replace(str(source["size"]), str(len(data))).replace(source["sha256"], hashlib.sha256(data).hexdigest())
+        model, version = re.findall(r"\d+", source["uri"])
+        hubs.civitai(int(model), int(version), HubFile(id=n, name=source["filename"], data=data))
+    space.write("recipes/estrilda.toml", text)
+    mirrors = {"SDBUILD_CIVITAI_URL": hubs.url, "HF_ENDPOINT": hubs.cdn_url}  # named by their owner, so private addresses are in order
+    env = os.environ | mirrors | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    run = subprocess.run(["bash", "-e", "-c", block], cwd=space.path, env=env, capture_output=True, text=True, check=False)
+
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("fetching viewer-mix, MeinaPastel") == 1
+    assert run.stdout.endswith("nothing to do: 3 artifacts up to date\n")
+    assert "allowDerivatives = true" in (space.path / "recipes" / "estrilda.lock").read_text(encoding="utf-8")
+
+
+def test_the_download_benchmark_runs():
+    """
+    The download benchmark's one command measures and checks, tried here on a tiny file.
+    """
+    assert "`python tests/bench/download.py`" in README
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "download.py"), "--size", "tiny", "--rounds", "1", "--as-found"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("| sdbuild fetch, ") == 2
 
 
 def test_the_benchmark_runs(space: Space):

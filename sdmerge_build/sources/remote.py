@@ -1,6 +1,6 @@
 """Owns getting files from elsewhere: which scheme an address is of, what is offered there, its header, and the files themselves.
 
-Has never heard of locks or steps. Nothing here is imported before something must really be asked for.
+Has never heard of steps. Nothing here is imported before something must really be asked for.
 """
 
 from __future__ import annotations
