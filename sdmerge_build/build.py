@@ -150,14 +150,14 @@ class _Run:
             self._plan_passes()
 
     def _plan_passes(self) -> None:
-        prepared = self._prepared
-        leaves = {
-            name: Leaf(name=name, path=found.path, header=found.header, snapshot=found.snapshot) for name, found in prepared.supply.found.items()
-        }
+        prepared, supply = self._prepared, self._prepared.supply
+        leaves = {name: Leaf(name=name, path=Path(name), header=header) for name, header in supply.headers.items()}  # a plan sees them from afar
+        leaves |= {name: Leaf(name=name, path=found.path, header=found.header, snapshot=found.snapshot) for name, found in supply.found.items()}
         for wish in self._wishes(State.REUSED, State.EMITTED):
             if wish.stored:
                 leaves[wish.step.name] = Leaf(name=wish.step.name, path=wish.stored.path, header=read_header(wish.stored.path))
-        keys = {name: description.key for name, description in prepared.described.items()}
+        keys = {name: name for name in (*prepared.plan.sources, *prepared.plan.steps)}  # of what stands on a source nobody has seen
+        keys |= {name: description.key for name, description in prepared.described.items()}
         outputs = [
             Output(name=wish.step.name, layout=self._layouts[wish.step.name], nonfinite=wish.step.nonfinite) for wish in self._wishes(State.WANTED)
         ]

@@ -24,6 +24,7 @@ __all__ = [
     "Snapshot",
     "allocate",
     "as_space_error",
+    "boot_id",
     "flush_to_disk",
     "free_space",
     "is_abandoned",
@@ -63,6 +64,17 @@ def read_regular(path: Path, limit: int = 64 << 20) -> bytes:
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             raise OSError(errno.EINVAL, "not a regular file, or too large", str(path))
         return file.read()
+
+
+def boot_id() -> str:
+    """Name the time since the system started; nothing where the system has no name for it.
+
+    What was written in this time is there as long as it lasts, on disk or not: only a crash of the whole system loses it.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def owner_tag() -> str:

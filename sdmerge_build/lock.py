@@ -21,7 +21,7 @@ from sdmerge_build.tomltext import too_deep
 __all__ = ["Entry", "Lock", "lock_path", "read_lock", "write_lock"]
 
 VERSION = 1
-_DIGESTS = {"sha256", "blake3", "tensor_digest"}
+_DIGESTS = {"sha256", "blake3", "tensor_digest", "made"}
 _KINDS = {"", "pickle", "shards", "diffusers"}
 _SAID = ("uri", "path", "size", "sha256", "blake3")  # what a recipe says that decides which bytes a source is
 
@@ -33,6 +33,7 @@ class Entry:
     tensor_digest: str
     uri: str = ""
     path: str = ""
+    named: str = ""  # the filename that the recipe says; `filename` is the hub's
     address: str = ""
     page: str = ""
     revision: str = ""
@@ -41,6 +42,7 @@ class Entry:
     sha256: str = ""
     blake3: str = ""
     kind: str = ""  # what it must be converted from; nothing for a safetensors file
+    made: str = ""  # under which digest the store keeps what several files were put together into
     claims: Mapping[str, str] = field(default_factory=dict)  # header metadata that goes into lineages
     terms: Mapping[str, Any] = field(default_factory=dict)  # the hub's licence fields, as it gave them
 
@@ -54,12 +56,17 @@ class Entry:
         return dict(sorted(table.items(), key=lambda item: (isinstance(item[1], dict), item[0])))
 
     def differences(self, source: SourceTable) -> Iterator[str]:
-        """Say what a recipe says of the source now that it did not say then: `sha256 = old → new`. Pins that were left out still hold."""
+        """Say what a recipe says of the source now that it did not say then: `sha256 = old → new`. Pins that were left out still hold.
+
+        A filename decides which bytes a source is only where no digest does.
+        """
         for name in _SAID:
             was, now = getattr(self, name), getattr(source, name)
             was, now = (was.lower(), now and now.lower()) if name in _DIGESTS else (was, now)
             if now != was and not (now is None and name not in {"uri", "path"}) and (now or was):
                 yield f"{name} = {was or '(none)'} → {now if now is not None else '(none)'}"
+        if not (source.sha256 or source.blake3) and self.named.casefold() != (source.filename or "").casefold():
+            yield f"filename = {self.named or '(none)'} → {source.filename or '(none)'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +89,10 @@ def read_lock(path: Path) -> Lock:
         text = read_regular(path).decode()
     except FileNotFoundError:
         return Lock(path=path, exists=False, entries={})
-    except (OSError, ValueError) as error:
-        raise _refusal(path, f"cannot be read: {error}") from None
+    except OSError as error:
+        raise _refusal(path, f"cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise _refusal(path, "is not UTF-8 text") from None
     if complaint := too_deep(text):
         raise _refusal(path, complaint)
     try:
@@ -130,13 +139,13 @@ def _entry(path: Path, name: str, said: Any, issues: list[Issue]) -> Entry | Non
         said = {}
     terms = dict(said.get("terms", {})) if isinstance(said.get("terms", {}), dict) else {}
     digest = terms.pop("digest", None)
-    if terms and digest != _digest_of(terms):
+    if (terms or digest is not None) and digest != _digest_of(terms):
         wrong.append("has `terms` that are not the ones their digest was made of")
     for key, value in said.items():
         kind = int if key == "size" else dict if key in {"claims", "terms"} else str
         if key not in known:
             wrong.append(f"has an unknown field `{key}`")
-        elif type(value) is not kind or (key in _DIGESTS and not is_hex(value)) or (key == "kind" and value not in _KINDS):
+        elif type(value) is not kind or not _is_sound(key, value):
             wrong.append(f"has a `{key}` that cannot be read")
         elif key == "claims" and isinstance(value, dict) and not all(isinstance(text, str) for text in value.values()):
             wrong.append("has `claims` that are not texts")
@@ -144,6 +153,18 @@ def _entry(path: Path, name: str, said: Any, issues: list[Issue]) -> Entry | Non
         wrong.append("lacks `tensor_digest`")
     issues += [Issue(where=str(path), what=f"the entry of source `{name}` {what}", hint="run `sdbuild lock` again") for what in wrong]
     return None if wrong else Entry(**{**said, "terms": terms})
+
+
+def _is_sound(key: str, value: Any) -> bool:
+    """Tell whether a value, which is of the right type, can be one of its field."""
+    match key:
+        case "size":
+            return bool(0 <= value < 2**63)
+        case "kind":
+            return value in _KINDS
+        case "address":
+            return bool(value.startswith("https://"))
+    return key not in _DIGESTS or is_hex(value)
 
 
 def _digest_of(terms: Mapping[str, Any]) -> str:

@@ -108,17 +108,27 @@ def prepare(path: Path, options: Options, watcher: Watcher, on_read: Callable[[]
 
 def gather(prepared: Prepared, *, is_plan: bool) -> None:
     """Get the sources of everything that must be made: from this machine, or, once their headers and the disk are seen to fit, from elsewhere."""
-    plan, supply = prepared.plan, prepared.supply
-    needed = {name for wish in prepared.wishes if wish.state is State.WANTED for name in plan.ancestors(wish.step.name) if name in plan.sources}
+    supply = prepared.supply
+    needed = _needed(prepared)
     supply.seek(needed)
     supply.order(needed, is_plan=is_plan)
     _raise_errors(prepared)
+    if supply.errors:
+        _look_up_all(prepared)
+        supply.cancel(needed - _needed(prepared))
     if supply.missing:
         _check_beforehand(prepared)
+        supply.cancel(needed - _needed(prepared))
     if supply.orders and not is_plan:
         supply.fetch()
         _raise_errors(prepared)
     _look_up_all(prepared)
+
+
+def _needed(prepared: Prepared) -> set[str]:
+    """List the sources of what must still be made."""
+    plan = prepared.plan
+    return {name for wish in prepared.wishes if wish.state is State.WANTED for name in plan.ancestors(wish.step.name) if name in plan.sources}
 
 
 def _raise_errors(prepared: Prepared) -> None:
@@ -175,12 +185,14 @@ def _refuse_to_replace_sources(prepared: Prepared) -> None:
     files = [(path, name) for name, source in prepared.supply.found.items() for path in (source.path, source.original) if path]
     inputs = [(path, f"source `{name}`") for path, name in files] + recipes
     for wish in prepared.wishes:
-        for target in (wish.target, manifest_path(wish.target)):
-            for path, what in inputs:
-                if target.exists() and target.samefile(path):
-                    where = plan.where("step", wish.step.name)
-                    text = f"artifact `{wish.step.name}` would replace {path}, which is {what}"
-                    issues.append(Issue(where=where, what=text, hint="choose another folder with --out, or another name"))
+        replaced = [
+            (path, what) for target in (wish.target, manifest_path(wish.target)) if target.exists() for path, what in inputs if target.samefile(path)
+        ]
+        if wish.target.is_file() and not (wish.stored and wish.target.samefile(wish.stored.path)):
+            replaced += [(wish.target, f"source `{name}`") for name in prepared.supply.held_in(wish.target)]
+        for path, what in replaced:
+            where, text = plan.where("step", wish.step.name), f"artifact `{wish.step.name}` would replace {path}, which is {what}"
+            issues.append(Issue(where=where, what=text, hint="choose another folder with --out, or another name"))
     if issues:
         raise RecipeError(*issues)
 

@@ -5,8 +5,8 @@ Has never heard of methods or artifacts. Asks least first: the lock, then this m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ from sdmerge_build.events import Watcher
 from sdmerge_build.files import free_space, readable_size
 from sdmerge_build.lock import Entry, Lock
 from sdmerge_build.plan import Plan
+from sdmerge_build.recipe import SourceTable
 from sdmerge_build.sources import Found, Search, Wanted, find_sources
+from sdmerge_build.sources.foreign import made_place
 from sdmerge_build.store import Store
 from sdmerge_build.tensorfile import Header
 
@@ -28,6 +30,8 @@ __all__ = ["CLAIMS", "Facts", "Reach", "Supply", "refuse_full_disk"]
 CLAIMS = ("sd_merge_models", "sd_merge_recipe")
 """What lineages read of a source's header."""
 
+_LONGEST = 1 << 20  # characters; lineages pass over longer claims
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
@@ -38,21 +42,31 @@ class Facts:
     sha256: str | None
     blake3: str | None
     kind: str  # what it is converted from; nothing for a safetensors file
+    made: str  # under which digest the store keeps what several files were put together into
     claims: Mapping[str, str]
 
     @classmethod
     def of(cls, found: Found) -> Facts:
         """Take the facts of a file."""
-        claims = {name: found.header.metadata[name] for name in CLAIMS if name in found.header.metadata}
+        said = ((name, found.header.metadata.get(name)) for name in CLAIMS)
+        claims = {name: text for name, text in said if text is not None and len(text) <= _LONGEST}
         digests = found.digests
         kind = "" if found.kind == "safetensors" else found.kind
-        return cls(tensors=digests.tensors, size=found.size, sha256=digests.sha256, blake3=digests.blake3, kind=kind, claims=claims)
+        made = found.path.name.partition(".")[0] if kind in {"shards", "diffusers"} else ""
+        return cls(tensors=digests.tensors, size=found.size, sha256=digests.sha256, blake3=digests.blake3, kind=kind, made=made, claims=claims)
 
     @classmethod
     def locked(cls, entry: Entry) -> Facts:
         """Take the facts of a lock's entry."""
         sha256, blake3 = entry.sha256 or None, entry.blake3 or None
-        return cls(tensors=entry.tensor_digest, size=entry.size, sha256=sha256, blake3=blake3, kind=entry.kind, claims=entry.claims)
+        return cls(tensors=entry.tensor_digest, size=entry.size, sha256=sha256, blake3=blake3, kind=entry.kind, made=entry.made, claims=entry.claims)
+
+    def changes(self, now: Facts) -> Iterator[str]:
+        """Say which facts are others now: `size = 20208 → 20216`; a digest that is not known is not another one."""
+        for name in (f.name for f in fields(self)):
+            was, is_now = getattr(self, name), getattr(now, name)
+            if was != is_now and was is not None and is_now is not None:
+                yield "what its header claims of its origin" if name == "claims" else f"{name} = {was or '(none)'} → {is_now or '(none)'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +113,11 @@ class Supply:
 
     def seek(self, names: Collection[str]) -> None:
         """Look for files on this machine: by path, in the folders of models, in the store."""
-        sought = [self._pinned(name) for name in self._wanted if name in names and name not in self.found]
-        found, errors = find_sources(sought, self._search)
-        self._watcher.finished()
+        sought = [self._pinned(name) for name in self._wanted if name in names and name not in self.found and name not in self._pending]
+        try:
+            found, errors = find_sources(sought, self._search)
+        finally:
+            self._watcher.finished()
         for name, file in found.items():
             self._take(name, file)
         for name, error in errors.items():
@@ -136,6 +152,19 @@ class Supply:
             said = {"sha256": offer.sha256} if offer.sha256 else {"blake3": offer.blake3}
             if not (wanted.table.sha256 or wanted.table.blake3 or wanted.local) and any(said.values()):
                 self._wanted[name] = replace(wanted, table=wanted.table.model_copy(update=said))
+
+    def cancel(self, names: Collection[str]) -> None:
+        """Take orders back: what they were for cannot be made."""
+        for name in names:
+            self.orders.pop(name, None)
+            self.missing.pop(name, None)
+
+    def held_in(self, path: Path) -> list[str]:
+        """List the sources known from the lock alone that this file is; going by content, which is read only where the size is right."""
+        size = path.stat().st_size
+        unseen = {name: facts for name, facts in self.facts.items() if name not in self.found and facts.blake3 and facts.size == size}
+        tables = {name: SourceTable(path=str(path.resolve()), blake3=facts.blake3) for name, facts in unseen.items()}
+        return list(find_sources([replace(self._wanted[name], table=table) for name, table in tables.items()], self._search)[0])
 
     def fetch(self) -> None:
         """Download what was ordered, and take it as found."""
@@ -187,6 +216,8 @@ class Supply:
     def _pinned(self, name: str) -> Wanted:
         """Add to what the recipe says of a source what the lock knows of its bytes."""
         wanted, entry = self._wanted[name], self._entries.get(name)
+        if entry and entry.made and (place := made_place(self._store.stock, entry.made, entry.kind)).exists():
+            return replace(wanted, made=(place, entry.kind, entry.size))
         if entry is None or not entry.blake3 or wanted.local:
             return wanted
         table = wanted.table
@@ -195,17 +226,15 @@ class Supply:
 
     def _take(self, name: str, file: Found) -> None:
         """Take a file for a source, if it holds what the lock says."""
-        entry, wanted = self._entries.get(name), self._wanted[name]
-        if entry and entry.tensor_digest != file.digests.tensors:
-            path = file.original or file.path
-            what = (
-                f"source `{name}`: the tensors of {path} have digest {file.digests.tensors}, not {entry.tensor_digest} as {self._lock.path.name} says"
-            )
+        entry, wanted, facts = self._entries.get(name), self._wanted[name], Facts.of(file)
+        if entry and (changes := list(Facts.locked(entry).changes(facts))):
+            what = f"source `{name}`: {file.original or file.path} is not as {self._lock.path.name} says: {'; '.join(changes)}"
+            issue = Issue(where=wanted.where, what=what, hint="`sdbuild lock` writes the lock anew")
             if self._reach.locked or not wanted.local:
-                self.errors[name] = IntegrityError(Issue(where=wanted.where, what=what, hint="`sdbuild lock` writes the lock anew"))
+                self.errors[name] = IntegrityError(issue)
                 return
-            self._watcher.note(what)
-        self.found[name], self.facts[name], self.headers[name] = file, Facts.of(file), file.header
+            self._watcher.note(f"{issue.where}: {issue.what}")
+        self.found[name], self.facts[name], self.headers[name] = file, facts, file.header
 
     def _order(self, name: str, error: SdbuildError, *, is_plan: bool) -> None:
         """Order one source, or raise why it is not to be had."""
@@ -221,9 +250,11 @@ class Supply:
         for issue in error.issues[1:]:
             self._watcher.note(f"{issue.where}: {issue.what}")
         hubs = self._remote()
-        offer = self.offers.get(name) or (hubs.locked_offer(entry) if entry and entry.address else None)
+        offer = self.offers.get(name) or (hubs.locked_offer(entry) if entry and entry.address and not entry.made else None)
+        if entry and entry.made:
+            uri = f"{uri.rpartition('@')[0]}@{entry.revision}"
         offer = offer or hubs.offer(name, wanted.where, uri, table, with_terms=False)
-        if not (table.sha256 or table.blake3 or self._search.learns_all):
+        if not (table.sha256 or table.blake3 or self._search.learns_all or (entry and entry.made)):
             raise _unpinned(wanted, offer)
         order = hubs.order(wanted, offer, learns_all=self._search.learns_all)
         header, size = hubs.peek(order)

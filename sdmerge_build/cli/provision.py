@@ -5,7 +5,8 @@ Has never heard of steps or artifacts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import click
 
 from sdmerge_build.cli.reaching import reach_from, store_from
 from sdmerge_build.console import print_json, watcher_for
+from sdmerge_build.errors import printable
+from sdmerge_build.events import Watcher
 from sdmerge_build.files import readable_size
 from sdmerge_build.provision import Locked, fetch_sources, lock_sources
 
@@ -53,12 +56,13 @@ def fetch_command(recipes: tuple[Path, ...], store: Path | None, as_json: bool, 
     reach, root = reach_from(**said), store_from(store)
     documents = []
     for recipe in recipes:
-        sources = fetch_sources(recipe, root, reach, watcher_for(is_quiet=quiet or as_json))
+        with _watching(is_quiet=quiet or as_json) as watcher:
+            sources = fetch_sources(recipe, root, reach, watcher)
         width = max(map(len, sources), default=0)
         for name, (found, is_new) in sources.items():
             path = found.original or found.path
             if not as_json and not quiet:
-                click.echo(f"{name:{width}}  {'downloaded' if is_new else 'found':10}  {readable_size(found.size):>8}  {path}")
+                click.echo(f"{name:{width}}  {'downloaded' if is_new else 'found':10}  {readable_size(found.size):>8}  {printable(str(path))}")
         documents.append(
             {
                 "recipe": str(recipe),
@@ -84,7 +88,8 @@ def lock_command(recipes: tuple[Path, ...], store: Path | None, as_json: bool, q
     reach, root = reach_from(**said), store_from(store)
     documents = []
     for recipe in recipes:
-        locked = lock_sources(recipe, root, reach, watcher_for(is_quiet=quiet or as_json))
+        with _watching(is_quiet=quiet or as_json) as watcher:
+            locked = lock_sources(recipe, root, reach, watcher)
         if not as_json and not quiet:
             _print(locked)
         documents.append(
@@ -95,14 +100,24 @@ def lock_command(recipes: tuple[Path, ...], store: Path | None, as_json: bool, q
         print_json({"recipes": documents})
 
 
+@contextlib.contextmanager
+def _watching(*, is_quiet: bool) -> Iterator[Watcher]:
+    """Watch what is done; whatever becomes of it, the terminal is left as it was."""
+    watcher = watcher_for(is_quiet=is_quiet)
+    try:
+        yield watcher
+    finally:
+        watcher.finished()
+
+
 def _print(locked: Locked) -> None:
-    width = max(map(len, locked.changes), default=0)
+    width = max(map(len, map(printable, locked.changes)), default=0)
     for name, changes in locked.changes.items():
         entry = locked.entries.get(name)
         digest = f"  sha256 {entry.sha256[:10]}…" if entry and entry.sha256 else ""
         size = f"{readable_size(entry.size):>8}" if entry else ""
         state = "locked" if changes == ["is new"] else "removed" if changes == ["is gone"] else "changed" if changes else "unchanged"
-        click.echo(f"{name:{width}}  {state:9}  {size}{digest}".rstrip())
+        click.echo(f"{printable(name):{width}}  {state:9}  {size}{digest}".rstrip())
         if state == "changed":
             click.echo("\n".join(f"    {change}" for change in changes))
     click.echo(f"{locked.path} {'written' if locked.is_written else 'is up to date'}")

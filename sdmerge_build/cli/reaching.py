@@ -23,7 +23,7 @@ def reach_from(
     *, models: tuple[Path, ...], jobs: int | None, locked: bool = False, offline: bool = False, allow_private: bool = False, searches: bool = True
 ) -> Reach:
     """Put together how far to go for sources. Raises `RecipeError` when a folder of models is not there."""
-    owned = [Path(folder).expanduser() for folder in os.environ.get("SDBUILD_MODELS", "").split(os.pathsep) if folder]
+    owned = [Path(os.path.expanduser(folder)) for folder in os.environ.get("SDBUILD_MODELS", "").split(os.pathsep) if folder]  # noqa: PTH111  raises nothing
     folders = (*models, *owned) if searches else ()
     if missing := [folder for folder in folders if not folder.is_dir()]:
         hint = "SDBUILD_MODELS names it" if missing[0] not in models else ""

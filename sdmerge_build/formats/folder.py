@@ -19,11 +19,11 @@ from sdmerge_build.architectures.diffusers import STACKED, TRANSPOSED, WIDENED, 
 from sdmerge_build.dtypes import ITEMSIZE
 from sdmerge_build.errors import IntegrityError, Issue, named_briefly
 from sdmerge_build.files import sync_folder
-from sdmerge_build.formats.parts import MODEL_INDEX, Part, choose_parts, find_parts, is_folder_checkpoint
+from sdmerge_build.formats.parts import MODEL_INDEX, Part, choose_parts, find_parts, is_entry, is_folder_checkpoint
 from sdmerge_build.tensorfile import MAX_HEADER, MAX_NAME, MAX_TENSORS, Header, Layout, Spec, lay_out
 from sdmerge_build.writer import Writer, Written
 
-__all__ = ["MODEL_INDEX", "Part", "assemble", "assembled", "assembly_layout", "choose_parts", "find_parts", "is_folder_checkpoint"]
+__all__ = ["MODEL_INDEX", "Part", "assemble", "assembled", "assembly_layout", "choose_parts", "find_parts", "is_entry", "is_folder_checkpoint"]
 
 CHUNK = 4 << 20
 MAX_TRANSPOSED = 16 << 20  # bytes; 1280×1280 doubles, the largest text projection there is, take 13 MB

@@ -17,7 +17,7 @@ from typing import Any
 from sdmerge_build.errors import IntegrityError, Issue, SdbuildError, SourceError, named_briefly
 from sdmerge_build.files import read_regular
 
-__all__ = ["MODEL_INDEX", "Part", "choose_parts", "find_parts", "is_folder_checkpoint"]
+__all__ = ["MODEL_INDEX", "Part", "choose_parts", "find_parts", "is_entry", "is_folder_checkpoint"]
 
 MODEL_INDEX = "model_index.json"
 MAX_INDEX = 16 << 20  # bytes; ten times the largest real index
@@ -47,7 +47,7 @@ class Part:
 def is_folder_checkpoint(path: Path) -> bool:
     """Tell whether a path is a diffusers folder, or an index that `find_parts` can read."""
     try:
-        return (path / MODEL_INDEX).is_file() if path.is_dir() else _is_entry(path.name) and path.is_file()
+        return (path / MODEL_INDEX).is_file() if path.is_dir() else is_entry(path.name) and path.is_file()
     except OSError:
         return False
 
@@ -74,7 +74,7 @@ def choose_parts(entry: str, names: Collection[str], read: Callable[[str], bytes
     every file missing.
     """
     choice = _Choice(entry, names, read)
-    if not _is_entry(entry):
+    if not is_entry(entry):
         choice.refuse(entry, f"is neither `{MODEL_INDEX}` nor the index of a sharded safetensors file")
     elif entry not in names:
         choice.miss(entry, "is not there")
@@ -85,7 +85,8 @@ def choose_parts(entry: str, names: Collection[str], read: Callable[[str], bytes
     return choice.parts()
 
 
-def _is_entry(name: str) -> bool:
+def is_entry(name: str) -> bool:
+    """Tell from its name whether a file is the index of a checkpoint that lies in several files."""
     return name == MODEL_INDEX or _SHARD_INDEX.fullmatch(name) is not None
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 from sdmerge_build.recipe import SourceTable
-from sdmerge_build.sources.offers import Offer, expect, hex_or_none, is_plain
+from sdmerge_build.sources.offers import Offer, expect, hex_or_none, is_plain, tables, text_of
 from sdmerge_build.sources.trust import WebError
 from sdmerge_build.sources.uri import CivitaiAddress
 from sdmerge_build.sources.web import Web
@@ -20,7 +20,6 @@ __all__ = ["Civitai", "known_as"]
 NAME = "Civitai"
 TERMS = ("allowNoCredit", "allowCommercialUse", "allowDerivatives", "allowDifferentLicense")
 _WEIGHTS = {"Model", "Pruned Model"}
-_FORMATS = {"SafeTensor", "PickleTensor", "Other", None}
 
 
 class Civitai:
@@ -34,13 +33,13 @@ class Civitai:
         model = expect(version, "modelId", int, NAME)
         if model != address.model:
             raise WebError(f"{NAME} says that version {address.version} belongs to model {model}, not {address.model}")
-        files = [file for file in version.get("files") or () if isinstance(file, dict) and file.get("type") in _WEIGHTS]
+        files = [file for file in tables(version.get("files")) if text_of(file.get("type")) in _WEIGHTS]
         file = _choose(files, address, source)
         hashes = _hashes(file)
         size = file.get("sizeKB")
         return Offer(
             address=self.home + _download_path(address, file),
-            filename=str(file.get("name") or ""),
+            filename=text_of(file.get("name")),
             size=round(size * 1024) if isinstance(size, int | float) and 0 < size < 2**40 else None,
             sha256=hex_or_none(hashes.get("SHA256")),
             blake3=hex_or_none(hashes.get("BLAKE3")),
@@ -54,9 +53,10 @@ def known_as(web: Web, base: str, sha256: str) -> str:
     try:
         version = web.json(f"{base}/api/v1/model-versions/by-hash/{sha256}")
         model, number = expect(version, "modelId", int, NAME), expect(version, "id", int, NAME)
-        title = " ".join(str(part) for part in ((version.get("model") or {}).get("name"), version.get("name")) if part)
-    except (WebError, AttributeError):
+    except WebError:
         return ""
+    named = version.get("model")
+    title = " ".join(filter(None, (text_of(table.get("name")) for table in (named, version) if isinstance(table, dict))))
     return f"{NAME} knows it as {title[:200]} (civitai:{model}@{number})"
 
 
@@ -77,9 +77,9 @@ def _choose(files: list[dict[str, Any]], address: CivitaiAddress, source: Source
         if matching:
             return matching[0]
     if source.filename and len(files) > 1:
-        files = [file for file in files if str(file.get("name")).casefold() == source.filename.casefold()] or files
+        files = [file for file in files if text_of(file.get("name")).casefold() == source.filename.casefold()] or files
     if len(files) > 1 and not any(pins.values()):
-        listed = ", ".join(f"`civitai:{address.model}@{address.version}#{file.get('id')}` ({str(file.get('name'))[:80]})" for file in files[:8])
+        listed = ", ".join(f"`civitai:{address.model}@{address.version}#{file.get('id')}` ({text_of(file.get('name'))[:80]})" for file in files[:8])
         raise WebError(f"version {address.version} has {len(files)} files on {NAME}", f"say which: {listed}")
     return next((file for file in files if file.get("primary")), files[0])
 
@@ -91,8 +91,8 @@ def _hashes(file: Mapping[str, Any]) -> dict[str, Any]:
 
 def _download_path(address: CivitaiAddress, file: Mapping[str, Any]) -> str:
     """Write the download address as the API gives it, which redirects to the file's bytes anew each time; the host is the hub's own."""
-    said = urlsplit(str(file.get("downloadUrl") or ""))
-    chosen = [(name, value) for name, value in parse_qsl(said.query) if name in {"type", "format", "size", "fp", "fileId"}]
+    query = text_of(file.get("downloadUrl")).partition("#")[0].partition("?")[2]
+    chosen = [(name, value) for name, value in parse_qsl(query) if name in {"type", "format", "size", "fp", "fileId"}]
     return f"/api/download/models/{address.version}" + (f"?{urlencode(chosen)}" if chosen else "")
 
 
@@ -102,5 +102,5 @@ def _terms(model: Any) -> dict[str, Any]:
         raise WebError(f"{NAME} answers in a form that is not known", "is there a newer sdbuild?")
     creator = model.get("creator")
     terms = {name: model[name] for name in TERMS if is_plain(model.get(name))}
-    names = {"model": model.get("name"), "creator": creator.get("username") if isinstance(creator, dict) else None}
-    return terms | {name: value for name, value in names.items() if isinstance(value, str)}
+    names = {"model": text_of(model.get("name")), "creator": text_of(creator.get("username")) if isinstance(creator, dict) else ""}
+    return terms | {name: value for name, value in names.items() if value}

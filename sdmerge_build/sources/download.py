@@ -5,6 +5,7 @@ Has never heard of hubs or recipes; it is given an address, and what the file mu
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
@@ -58,21 +59,34 @@ def download(web: Web, url: str, part: Part, expected: Expected, advanced: Calla
 
     Raises `WebError`, and `WrongFileError` when all of it came in one go and is not what was expected. The file is on disk when it returns.
     """
-    is_pieced = part.path.stat().st_size > 0
-    while True:
-        with part.path.open("r+b", buffering=0) as file:
-            attempt = _Attempt(web, url, part, expected, advanced, file)
-            arrived, was_pieced = attempt.run()
-            os.fsync(file.fileno())
-        mistakes = _mistakes(expected, arrived)
-        if not mistakes:
-            return arrived
+    arrived, is_pieced = _attempt(web, url, part, expected, advanced)
+    mistakes = _mistakes(expected, arrived)
+    if mistakes and (is_pieced or _is_longer(web, url, arrived.size)):  # pieces of two files may have met; once more, from the first byte
         part.path.write_bytes(b"")
-        if not (is_pieced or was_pieced):  # pieces of two files may have met; a second time, nothing is pieced together
-            part.remove()
-            raise WrongFileError("; ".join(mistakes), arrived)
-        is_pieced = False
         advanced(-arrived.size)
+        arrived, _ = _attempt(web, url, part, expected, advanced)
+        mistakes = _mistakes(expected, arrived)
+    if mistakes:
+        part.remove()
+        raise WrongFileError("; ".join(mistakes), arrived)
+    return arrived
+
+
+def _attempt(web: Web, url: str, part: Part, expected: Expected, advanced: Callable[[int], None]) -> tuple[Arrived, bool]:
+    """Return what arrived, and whether it came in several pieces."""
+    is_pieced = part.path.stat().st_size > 0
+    with part.path.open("r+b", buffering=0) as file:
+        arrived, was_pieced = _Attempt(web, url, part, expected, advanced, file).run()
+        os.fsync(file.fileno())
+    return arrived, is_pieced or was_pieced
+
+
+def _is_longer(web: Web, url: str, size: int) -> bool:
+    """Ask a second time how long a file is that came in one piece and is the wrong one: an answer may have announced too little."""
+    try:
+        return web.read(url, 0, 1)[1] not in {None, size}
+    except WebError:
+        return False
 
 
 def _mistakes(expected: Expected, arrived: Arrived) -> list[str]:
@@ -85,8 +99,8 @@ class _Attempt:
 
     def __init__(self, web: Web, url: str, part: Part, expected: Expected, advanced: Callable[[int], None], file: BinaryIO) -> None:
         self._web, self._url, self._part, self._expected, self._advanced, self._file = web, url, part, expected, advanced, file
-        self._size = expected.size
-        self._etag = part.etag
+        self._etag, noted = part.noted
+        self._size = noted if expected.size is None else expected.size
         self._sink = _Sink(file, self._digest())
         self._answers = 0
         self._best = 0  # bytes, the farthest this got
@@ -120,17 +134,19 @@ class _Attempt:
     def _is_complete(self) -> bool:
         return self._size is not None and self._sink.position == self._size
 
+    def _is_pinned(self) -> bool:
+        return bool(self._expected.sha256 or self._expected.blake3)
+
     def _is_certain(self) -> bool:
         """Tell whether pieces of two files would be noticed: by the validator they come with, or by what the whole must be."""
-        return bool(self._etag or self._expected.sha256 or self._expected.blake3)
+        return bool(self._etag or self._is_pinned())
 
     def _take_up(self) -> None:
-        """Hash what an earlier download left; longer than the file can be, it is worth nothing."""
+        """Hash what an earlier download left; longer than the file can be, it is worth nothing, nor is a whole that nobody vouches for today."""
         have = self._file.seek(0, 2)
-        if not have:
-            return
-        if (self._size is not None and have > self._size) or not self._is_certain():
-            self._file.truncate(0)
+        longest = math.inf if self._size is None else self._size if self._is_pinned() else self._size - 1
+        if not 0 < have <= longest or not self._is_certain():
+            self._begin_anew()
             return
         self._file.seek(0)
         while data := self._file.read(CHUNK):
@@ -143,7 +159,7 @@ class _Attempt:
         self._sink.stop()
         self._file.truncate(0)
         self._file.seek(0)
-        self._etag = ""
+        self._etag, self._size = "", self._expected.size
         self._sink = _Sink(self._file, self._digest())
 
     def _ask(self) -> None:
@@ -169,7 +185,7 @@ class _Attempt:
                         held = 0
             finally:
                 self._put(waiting)  # what came before the connection was lost is kept
-            if body.total is None and self._size is None:
+            if body.total is None and self._size is None and self._sink.position:
                 self._size = self._sink.position  # nobody said how long it is; the end was a proper one
             elif not self._is_complete():
                 raise Unsteady("the server ended early")
@@ -183,24 +199,31 @@ class _Attempt:
 
     def _agree(self, body: Body) -> None:
         """Bring what the server sends together with what is here: another file, or another place in it, begins anew."""
-        position = self._sink.position
-        is_other = bool(position and self._etag and body.etag and body.etag != self._etag)
+        position, total = self._sink.position, body.total
+        is_other = bool(self._etag and body.etag and body.etag != self._etag)
+        is_other |= self._expected.size is None and None not in {total, self._size} and total != self._size
         if body.start != position and body.start:
             raise Unsteady("the server sends another part than was asked for")
         if (body.start != position or is_other) and position:
             self._begin_anew()
             if body.start:
                 raise Unsteady("the file changed on its way")
-        if self._expected.size is not None and body.total not in {None, self._expected.size}:
-            what = f"the server offers a file of {body.total} bytes, not of {self._expected.size}"
-            was, self._other_total = self._other_total, body.total
-            raise WebError(what) if was == body.total else Unsteady(what)
+        if self._expected.size is not None and total not in {None, self._expected.size}:
+            what = f"the server offers a file of {total} bytes, not of {self._expected.size}"
+            was, self._other_total = self._other_total, total
+            raise WebError(what) if was == total else Unsteady(what)
+        if total == 0:
+            raise Unsteady("the server sends an empty file")
         if not self._sink.position:
             self._etag = body.etag
-            self._part.note(body.etag)
+            self._part.note(body.etag, total)
             if self._expected.size is None:
-                self._size = body.total
+                self._size = total
                 self._sink.digest = self._digest()
+        elif self._size is None:
+            self._size = total
+        if self._size is None and not body.is_bounded:
+            raise WebError("the server does not say where the file ends, so that a lost connection would look like its end", "write its `size`")
 
 
 class _Sink:

@@ -19,7 +19,7 @@ from sdmerge_build.sources.hashing import Digests
 from sdmerge_build.sources.stock import Stock
 from sdmerge_build.tensorfile import read_header
 
-__all__ = ["Foreign", "kind_of"]
+__all__ = ["Foreign", "kind_of", "made_place"]
 
 VERSION = 1
 """Raised when the same files would be converted into other tensors."""
@@ -35,6 +35,11 @@ def kind_of(path: Path) -> str:
         return "pickle" if looks_pickled(file.read(16)) else "safetensors"
 
 
+def made_place(stock: Stock, digest: str, kind: str) -> Path:
+    """Say where the store keeps what was made of files that `digest` stands for."""
+    return stock.place_of(digest, f".{kind}{VERSION}.safetensors")
+
+
 @dataclass(frozen=True, slots=True)
 class Foreign:
     """A checkpoint that must be converted; `kind` is one of `kind_of`."""
@@ -44,7 +49,7 @@ class Foreign:
     def pickle_converted(self, path: Path, digests: Digests, stock: Stock, watcher: Watcher) -> Path:
         """Return the safetensors file made of a pickle; made now, in a process of its own, if it is not there yet."""
         assert digests.blake3, "BUG: a pickle is hashed before it is converted"
-        made = stock.place_of(digests.blake3, f".pickle{VERSION}.safetensors")
+        made = made_place(stock, digests.blake3, "pickle")
         if not made.exists():
             watcher.note(f"converting {path.name} ({readable_size(path.stat().st_size)}), once")
             left_out: list[str] = []
@@ -69,12 +74,13 @@ class Foreign:
         digest = Digest()
         for part in parts:
             digest.fact(part.component, digests[root / part.path])
-        made = stock.place_of(digest.hexdigest(), f".{self.kind}{VERSION}.safetensors")
+        made = made_place(stock, digest.hexdigest(), self.kind)
         if not made.exists():
             headers = {part: read_header(root / part.path) for part in parts}
             watcher.started(f"putting {path.name} together", sum(header.file_size for header in headers.values()))
             _make(made, stock, lambda target: assemble(root, parts, headers, target, watcher.advanced))
             watcher.finished()
+            stock.drop_bundle(root)
         return made
 
 

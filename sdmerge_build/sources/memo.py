@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdmerge_build.digest import is_hex
-from sdmerge_build.files import Snapshot, read_regular, replacing
+from sdmerge_build.files import Snapshot, boot_id, read_regular, replacing
 from sdmerge_build.sources.hashing import Digests
 
 __all__ = ["Memo"]
@@ -32,7 +32,7 @@ class Memo:
         """Return what is known of a file that has not changed since; `snapshot` is how it was seen, when not now."""
         try:
             entry = self._entries[str(path.resolve())]
-            if entry["snapshot"] != dataclasses.asdict(snapshot or Snapshot.of(path)):
+            if entry["snapshot"] != dataclasses.asdict(snapshot or Snapshot.of(path)) or entry.get("boot", "") not in {"", boot_id()}:
                 return None
             digests = Digests(**entry["digests"])
         except (KeyError, TypeError, OSError):
@@ -42,12 +42,15 @@ class Memo:
         )
         return digests if sound else None
 
-    def remember(self, path: Path, digests: Digests, snapshot: Snapshot) -> None:
-        """Remember what a file holds; whole-file digests learned earlier of the same bytes are kept."""
+    def remember(self, path: Path, digests: Digests, snapshot: Snapshot, boot: str = "") -> None:
+        """Remember what a file holds; whole-file digests learned earlier of the same bytes are kept.
+
+        A file that is not known to be on disk is vouched for until the system stops: `boot` names that time.
+        """
         earlier = self.recall(path)
         if earlier and earlier.tensors == digests.tensors:
             digests = dataclasses.replace(digests, sha256=digests.sha256 or earlier.sha256, blake3=digests.blake3 or earlier.blake3)
-        entry = {"snapshot": dataclasses.asdict(snapshot), "digests": dataclasses.asdict(digests)}
+        entry = {"snapshot": dataclasses.asdict(snapshot), "digests": dataclasses.asdict(digests)} | ({"boot": boot} if boot else {})
         self._entries[str(path.resolve())] = self._learned[str(path.resolve())] = entry
 
     def note(self, path: Path, *, tensors: str, sha256: str) -> None:

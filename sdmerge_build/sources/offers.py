@@ -14,7 +14,9 @@ from sdmerge_build.recipe import SourceTable
 from sdmerge_build.sources.trust import WebError
 from sdmerge_build.sources.web import Web
 
-__all__ = ["Offer", "Scheme", "expect", "hex_or_none", "is_plain"]
+__all__ = ["Offer", "Scheme", "expect", "hex_or_none", "is_plain", "tables", "text_of"]
+
+MOST_TEXT = 1000  # characters that are believed of a name
 
 Kind = TypeVar("Kind")
 
@@ -31,6 +33,7 @@ class Offer:
     revision: str = ""  # the commit, where there is one
     page: str = ""
     terms: Mapping[str, Any] = field(default_factory=dict)  # the hub's licence fields, as it gives them
+    parts: tuple[tuple[str, Offer], ...] = ()  # the files, by path, of a checkpoint of which this is the index; itself among them
 
 
 class Scheme(Protocol):
@@ -57,6 +60,17 @@ def hex_or_none(value: object) -> str | None:
     return text if is_hex(text) else None
 
 
+def tables(value: Any) -> list[dict[str, Any]]:
+    """Take the tables of a list; whatever else is there is left out."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def text_of(value: Any) -> str:
+    """Take a text, as far as it can be written down: JSON can hold halves of characters. Anything else is no text."""
+    return value[:MOST_TEXT].encode(errors="replace").decode() if isinstance(value, str) else ""
+
+
 def is_plain(value: Any) -> bool:
     """Tell whether a licence field is of a kind that can be written down as it is: a truth, a text, or a list of texts."""
-    return isinstance(value, bool | str) or (isinstance(value, list) and len(value) < 100 and all(isinstance(item, str) for item in value))
+    texts = value if isinstance(value, list) and len(value) < 100 else [value]
+    return isinstance(value, bool) or all(isinstance(item, str) and item == text_of(item) for item in texts)

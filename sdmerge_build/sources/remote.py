@@ -9,11 +9,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdmerge_build.errors import IntegrityError, Issue, SdbuildError, SourceError
 from sdmerge_build.files import Snapshot, as_space_error
+from sdmerge_build.formats.folder import Part, assembly_layout, choose_parts
 from sdmerge_build.lock import Entry
 from sdmerge_build.recipe import SourceTable
 from sdmerge_build.sources.civitai import Civitai, known_as
@@ -93,6 +94,8 @@ class Hubs:
 
         Returns the file's size in bytes as well, where the server says it.
         """
+        if order.offer.parts:
+            return self._peek_parts(order)
         url, shown = self._real(order.offer.address), f"source `{order.name}` at {order.offer.page or order.offer.address}"
         try:
             start, total = self._web.read(url, 0, PEEK)
@@ -108,6 +111,30 @@ class Hubs:
         except WebError as error:
             raise self._failure(order, error) from None
         return parse_header(raw, size, shown), size
+
+    def _peek_parts(self, order: Order) -> tuple[Header | None, int | None]:
+        """Read the headers of every file of a sharded or diffusers checkpoint, and tell what they make together."""
+        names = {name for name, _ in order.offer.parts}
+        entry = order.offer.filename
+        sizes = 0
+        headers: dict[Part, Header] = {}
+        offers = dict(order.offer.parts)
+        for part in choose_parts(entry, names, lambda name: self._small(order, offers[name])):
+            header, size = self.peek(replace(order, offer=offers[part.path], expected=Expected()))
+            if header is None:
+                raise IntegrityError(Issue(where=order.where, what=f"source `{order.name}`: {part.path} is no safetensors file"))
+            headers[part] = header
+            sizes += size or 0
+        layout = assembly_layout(headers)
+        tensors = {spec.name: spec for spec in layout.specs}
+        return Header(tensors=tensors, metadata={}, data_start=len(layout.header), file_size=layout.size), sizes
+
+    def _small(self, order: Order, offer: Offer) -> bytes:
+        """Read a small file whole."""
+        try:
+            return self._web.whole(self._real(offer.address))
+        except WebError as error:
+            raise self._failure(order, error) from None
 
     def fetch(self, orders: Sequence[Order], stock: Stock, memo: Memo, watch: Callable[[int], None]) -> dict[str, Path | SdbuildError]:
         """Download several files at once into the stock; return where each is, or why it is not."""
@@ -130,6 +157,16 @@ class Hubs:
         return known_as(self._web, self._bases[Civitai.home], sha256) if sha256 else ""
 
     def _fetch(self, order: Order, stock: Stock, memo: Memo, advanced: Callable[[int], None]) -> Path:
+        if not order.offer.parts:
+            return self._fetch_file(order, stock, memo, advanced)
+        folder = stock.bundle(order.offer.address)
+        for name, offer in order.offer.parts:
+            part = replace(order, offer=offer, expected=Expected(sha256=offer.sha256))
+            if not (folder / name).exists():
+                stock.give_out(self._fetch_file(part, stock, memo, advanced), folder / name)
+        return folder / order.offer.filename
+
+    def _fetch_file(self, order: Order, stock: Stock, memo: Memo, advanced: Callable[[int], None]) -> Path:
         expected = order.expected
         with stock.part(order.offer.address, expected.sha256, expected.blake3) as part:
             try:

@@ -36,6 +36,7 @@ class Wanted:
     table: SourceTable
     folder: Path
     where: str
+    made: tuple[Path, str, int] | None = None  # what was made of several files earlier: the file, of what kind of folder, of how many bytes
 
     @property
     def local(self) -> Path | None:
@@ -101,7 +102,9 @@ def find_sources(sources: Sequence[Wanted], search: Search) -> tuple[dict[str, F
             if match := _choose(source, paths, seen):
                 _keep(source, functools.partial(seen.opened, match), found, errors)
     for source in sources:
-        if _is_folder(source) and (path := source.local):
+        if source.made and source.name not in found:
+            _keep(source, functools.partial(seen.opened_again, *source.made), found, errors)
+        elif _is_folder(source) and (path := source.local):
             _keep(source, functools.partial(seen.opened_folder, path), found, errors)
     errors |= {s.name: _absence(s, tried[s.name], seen) for s in sources if s.name not in found and s.name not in errors}
     return {s.name: found[s.name] for s in sources if s.name in found}, {s.name: errors[s.name] for s in sources if s.name in errors}
@@ -211,6 +214,10 @@ class _Seen:
         self._learn(requests)
         made = foreign.assembled(path, {file: self.digests[file].tensors for file in files}, self._search.stock, self._search.watcher)
         return self._converted(made, Digests(tensors=""), foreign.kind, path, sum(self.snapshots[file].size for file in files))
+
+    def opened_again(self, made: Path, kind: str, size: int) -> Found:
+        """Return what was put together earlier, of files of `size` bytes."""
+        return self._converted(made, Digests(tensors=""), kind, made, size)
 
     def _unknown(self, file: Path) -> Request | None:
         header = self.headers[file]

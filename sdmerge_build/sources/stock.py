@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ _RELEASED = "released"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A download's file, ours alone, and what is noted of it: the validator of the file it is a part of."""
+    """A download's file, ours alone, and what is noted of it: validator and size of the file it is a part of."""
 
     path: Path
 
@@ -36,18 +37,19 @@ class Part:
         return self.path.with_suffix(".json")
 
     @property
-    def etag(self) -> str:
-        """Return the validator that the bytes so far came with; empty when there is none, or nothing can be read."""
+    def noted(self) -> tuple[str, int | None]:
+        """Return the validator that the bytes so far came with, and the size of the whole; nothing where that is not known or cannot be read."""
         try:
             table: Any = json.loads(read_regular(self._note, 10_000))
-            etag = table["etag"]
+            etag, size = table["etag"], table["size"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return ""
-        return etag if isinstance(etag, str) and etag.isascii() and etag.isprintable() else ""
+            return "", None
+        is_sound = isinstance(etag, str) and etag.isascii() and etag.isprintable()
+        return etag if is_sound else "", size if type(size) is int and size > 0 else None
 
-    def note(self, etag: str) -> None:
-        """Note the validator, before the first byte that came with it is written."""
-        self._note.write_text(json.dumps({"etag": etag}), encoding="utf-8")
+    def note(self, etag: str, size: int | None) -> None:
+        """Note validator and size, before the first byte that came with them is written."""
+        self._note.write_text(json.dumps({"etag": etag, "size": size}), encoding="utf-8")
 
     def remove(self) -> None:
         """Remove what was downloaded."""
@@ -106,6 +108,30 @@ class Stock:
                     part.path.with_suffix(".json").replace(left.with_suffix(".json"))
                 part.path.replace(left)
             part.remove()
+
+    def bundle(self, *identity: str) -> Path:
+        """Provide a folder for the files of one checkpoint: one that a dead process left, or an empty one."""
+        self._downloads.mkdir(parents=True, exist_ok=True)
+        key = blake3_hex(repr(identity).encode())[:32]
+        folder = self._downloads / f"{key}.{owner_tag()}.bundle"
+        for left in self._downloads.glob(f"{key}.*.bundle"):
+            if is_abandoned(left.name.removeprefix(f"{key}.").removesuffix(".bundle")):
+                with contextlib.suppress(OSError):
+                    left.rename(folder)
+                    return folder
+        folder.mkdir()
+        return folder
+
+    @staticmethod
+    def give_out(file: Path, target: Path) -> None:
+        """Move a finished file into a bundle, by one rename."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
+
+    def drop_bundle(self, folder: Path) -> None:
+        """Remove a bundle that was put together; any other folder is left alone."""
+        if folder.suffix == ".bundle" and folder.parent.resolve() == self._downloads.resolve():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _orphans(self, key: str) -> Iterator[Path]:
         for path in self._downloads.glob(f"{key}.*.part"):

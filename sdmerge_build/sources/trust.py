@@ -120,7 +120,7 @@ class Trust:
         scheme = urlsplit(there).scheme
         if scheme not in {"https", "http"}:
             raise WebError(f"{host_of(here)} redirects to `{scheme[:20]}:`, which is not followed")
-        if scheme == "http" and here.startswith("https:"):
+        if scheme == "http" and urlsplit(here).scheme == "https":
             raise WebError(f"{host_of(here)} redirects to an address without encryption, which is not followed")
 
     def _is_free(self, url: str) -> bool:
@@ -129,8 +129,11 @@ class Trust:
 
 def _refuse_private(host: str, text: str) -> None:
     address = ipaddress.ip_address(text.partition("%")[0])
-    address = getattr(address, "ipv4_mapped", None) or address
-    if not address.is_global or address.is_multicast:
+    real = address
+    if isinstance(address, ipaddress.IPv6Address):  # some stand for addresses of the older kind
+        older = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if int(address) >> 32 in {0, 0x64FF9B << 64} else None
+        real = address.ipv4_mapped or address.sixtofour or older or address
+    if not real.is_global or real.is_multicast or getattr(real, "is_site_local", False):
         raise WebError(f"{host} is a private address ({address}), which is not asked", "if that is meant, say --allow-private")
 
 

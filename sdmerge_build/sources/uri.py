@@ -60,21 +60,25 @@ _AIR = re.compile(
 _REPO = r"[\w.-]+/[\w.-]+"
 _HF = re.compile(rf"hf:(?P<repo>{_REPO})/(?P<file>[^@\s?#]+)@(?P<revision>[\w./-]+)")
 _RECIPE = re.compile(r"recipe:(?P<file>[^#]+\.toml)#(?P<step>\S+)")
-_SECRETS = re.compile(r"(?i)token|secret|password|passwd|signature|^(?:(?:x-amz-)?credential|sig|key|api_?key|auth|authorization)$|^key-pair-id$")
+_SECRETS = re.compile(
+    r"(?i)token|secret|password|passwd|signature|credential|api[-_]?key|access[-_]?key|^(?:sig|key|auth|authorization|jwt|bearer|pass|pwd)$|^key-pair-id$"
+)
 
 
 def parse_uri(uri: str) -> Address:
     """Read an address. Raises `UriError`."""
+    if not uri.isprintable():
+        raise UriError(f"`{without_secrets(uri)[:200]!a}` holds characters that no address has")
     if match := _CIVITAI.fullmatch(uri):
         return CivitaiAddress(int(match[1]), int(match[2]), int(match[3]) if match[3] else None)
-    if (match := _HF.fullmatch(uri)) and not {"", ".", ".."} & {*match["file"].split("/"), *match["revision"].split("/")}:
+    if (match := _HF.fullmatch(uri)) and not {"", ".", ".."} & {part for name in ("repo", "file", "revision") for part in match[name].split("/")}:
         return HuggingFaceAddress(match["repo"], match["file"], match["revision"])
     if match := _RECIPE.fullmatch(uri):
         return RecipeAddress(match["file"], match["step"])
     if match := _AIR.fullmatch(uri):
-        if match["hub"].casefold() == "huggingface" and re.fullmatch(_REPO, match["model"]):
+        if match["hub"].casefold() == "huggingface" and re.fullmatch(_REPO, match["model"]) and not {".", ".."} & {*match["model"].split("/")}:
             return HuggingFaceAddress(match["model"], "", match["version"])
-        if match["model"].isdecimal() and match["version"].isdecimal():
+        if match["hub"].casefold() == "civitai" and re.fullmatch(r"\d{1,12}@\d{1,12}", f"{match['model']}@{match['version']}"):
             return CivitaiAddress(int(match["model"]), int(match["version"]), int(match["file"]) if match["file"] else None)
     if uri.startswith("https://"):
         return _https(uri)
@@ -89,15 +93,16 @@ def _https(uri: str) -> HttpsAddress:
         is_sound = False
     if not is_sound:
         raise UriError(f"`{without_secrets(uri)[:200]}` is not an address that can be opened")
-    if parts.username or parts.password or any(_SECRETS.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
+    said = parse_qsl(f"{parts.query}&{parts.fragment}".replace(";", "&"), keep_blank_values=True)
+    if parts.username is not None or any(_SECRETS.search(name) for name, _ in said):
         raise UriError(f"`{without_secrets(uri)[:200]}` holds a secret, which would be published with every artifact; leave it out, and set a token")
     return HttpsAddress(uri)
 
 
 def without_secrets(url: str) -> str:
-    """Cut from an address what may hold a secret: user, query and fragment."""
-    plain = re.split(r"[?#]", url, maxsplit=1)[0] if "://" in url else url
-    return re.sub(r"://[^/]*@", "://", plain)
+    """Cut from an address what may hold a secret: user, query and fragment; a fragment of our own schemes is none."""
+    plain = re.split(r"[?#]" if "://" in url else r"[?]", url, maxsplit=1)[0]
+    return re.sub(r"://.*@", "://", plain, flags=re.DOTALL)
 
 
 def page_of(uri: str) -> str:

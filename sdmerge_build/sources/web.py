@@ -11,8 +11,10 @@ import re
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
 from urllib.parse import urljoin
 
@@ -43,6 +45,7 @@ class Body:
     start: int
     total: int | None  # bytes of the whole file
     etag: str  # a strong validator, or nothing
+    is_bounded: bool  # a lost connection does not look like the end
     chunks: Iterator[bytes]
 
 
@@ -54,18 +57,24 @@ class Web:
         self.stopping = threading.Event()
         headers = {"User-Agent": f"sdbuild/{__version__}", "Accept-Encoding": "identity", "Accept": "*/*"}
         timeout = httpx.Timeout(15.0, read=30.0, pool=None)
-        self._client = httpx.Client(follow_redirects=False, headers=headers, timeout=timeout)
+        hooks = {"response": [_hide_redirect]}
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))  # what a host hands us for our token is shown to nobody either
+        self._client = httpx.Client(follow_redirects=False, headers=headers, timeout=timeout, cookies=no_cookies, event_hooks=hooks)
+        weakref.finalize(self, self._client.close)
 
     def json(self, url: str) -> Any:
         """Ask for a small JSON document. Raises `WebError`."""
+        try:
+            return json.loads(self.whole(url))
+        except (ValueError, RecursionError):
+            raise WebError(f"{host_of(url)} answers what is not JSON") from None
 
-        def ask() -> Any:
+    def whole(self, url: str) -> bytes:
+        """Ask for a small file. Raises `WebError`."""
+
+        def ask() -> bytes:
             with self.stream(url) as body:
-                data = b"".join(_limited(body.chunks))
-            try:
-                return json.loads(data)
-            except (ValueError, RecursionError):
-                raise WebError(f"{host_of(url)} answers what is not JSON") from None
+                return b"".join(_limited(body.chunks))
 
         return self.patiently(ask)
 
@@ -85,12 +94,17 @@ class Web:
 
         def ask() -> tuple[bytes, int | None]:
             with self.stream(url, start, length) as body:
-                have = b""
+                if body.start > start:
+                    raise Unsteady(f"{host_of(url)} sends another part than was asked for")
+                have = bytearray()
                 for chunk in body.chunks:
                     have += chunk
                     if len(have) >= start - body.start + length:
                         break
-            return have[start - body.start :][:length], body.total
+            data = bytes(have[start - body.start :][:length])
+            if not data or (body.total is not None and len(data) < min(length, body.total - start)):
+                raise Unsteady(f"{host_of(url)} sends less than was asked for")
+            return data, body.total
 
         return self.patiently(ask)
 
@@ -132,7 +146,7 @@ class Web:
             self.trust.vet(here)
             own = {"Authorization": key.value} if key.value and not has_left else {}
             with self._sent(method, here, {**headers, **own}) as response:
-                target = response.headers.get("location")
+                target = response.extensions["location"]
                 if response.status_code not in _MOVED or not target:
                     yield response, has_left
                     return
@@ -156,14 +170,14 @@ class Web:
                 if stream and (peer := stream.get_extra_info("server_addr")):
                     self.trust.vet_peer(url, str(peer[0]))
                 yield response
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError):
+            raise WebError(f"`{without_secrets(url)[:200]}` is not an address that can be opened") from None
         except (httpx.TransportError, httpx.DecodingError, ssl.SSLError) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise WebError(f"{host} cannot prove who it is: its certificate is not accepted") from None
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
                 raise Unsteady(f"no answer from {host}", tries=2) from None
             raise Unsteady(f"the connection to {host} was lost") from None
-        except (httpx.InvalidURL, UnicodeError):
-            raise WebError(f"`{without_secrets(url)[:200]}` is not an address that can be opened") from None
 
     def _check(self, response: httpx.Response, url: str, *, has_left: bool) -> None:
         """Raise what an answer's status means."""
@@ -196,12 +210,18 @@ class Web:
             if not match:
                 raise Unsteady(f"{host_of(str(response.url))} sends a part without saying which")
             start, total = int(match[1]), int(match[2]) if match[2] != "*" else None
-        is_packed = headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}
-        etag = headers.get("etag", "")
+        packing = {name.strip().lower() for name in headers.get("content-encoding", "").split(",")} - {"", "identity"}
+        if packing - {"gzip", "deflate"}:
+            raise WebError(f"{host_of(str(response.url))} sends the file packed in a way that was not asked for ({', '.join(sorted(packing))[:50]})")
+        is_packed, etag = bool(packing), headers.get("etag", "")
+        if is_packed and start:
+            raise PastEnd(f"{host_of(str(response.url))} sends a part of a packed file")
+        is_chunked = headers.get("transfer-encoding", "").strip().lower().endswith("chunked")
         return Body(
             start=start,
             total=None if is_packed else total,
-            etag="" if etag.startswith("W/") or is_packed else etag,
+            etag=etag if re.fullmatch('"[!#-~]*"', etag) and not is_packed else "",
+            is_bounded=(length is not None or is_chunked) and (response.status_code != 206 or total is not None),
             chunks=self._steady(response.iter_bytes() if is_packed else response.iter_raw()),
         )
 
@@ -217,6 +237,11 @@ class Web:
                 began, have = time.monotonic(), 0
             elif time.monotonic() - began > STALLED_SECONDS:
                 raise Unsteady("the server has all but stopped sending")
+
+
+def _hide_redirect(response: httpx.Response) -> None:
+    """Put where a redirect leads where httpx does not look: it would read it, and say of what it cannot read that the connection was lost."""
+    response.extensions["location"] = response.headers.pop("location", "")
 
 
 def _joined(here: str, target: str) -> str:

@@ -11,7 +11,10 @@ import checkpoints
 import pytest
 import torch
 from conftest import PAIR, Space
+from hubs import Hubs
 from safetensors.torch import load_file, save_file
+
+from sdmerge_build.architectures import folder_names
 
 
 @pytest.fixture
@@ -108,13 +111,10 @@ def test_a_sharded_checkpoint_is_one_source(space: Space):
     assert "B-00002-of-00003.safetensors" in run.stderr
 
 
-def test_a_diffusers_folder_is_one_source(space: Space):
-    """A folder as diffusers writes it is merged under original names, and is converted once; inspect reads it the same way."""
-    space.pair(every=1)
+def write_folder(space: Space) -> dict[str, bytes]:
+    """Write the folder B that diffusers would write of B.safetensors, and return its files."""
     folder = space.path / "B"
     original = load_file(space.path / "B.safetensors")
-    from sdmerge_build.architectures import folder_names
-
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in original.items():
         place = folder_names("sd1").places.get(name)
@@ -125,6 +125,13 @@ def test_a_diffusers_folder_is_one_source(space: Space):
     for component, tensors in parts.items():
         checkpoints.write(folder / component / ("model.safetensors" if "text" in component else "diffusion_pytorch_model.safetensors"), tensors)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"} | {c: ["diffusers", "X"] for c in parts}))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_diffusers_folder_is_one_source(space: Space):
+    """A folder as diffusers writes it is merged under original names, and is converted once; inspect reads it the same way."""
+    space.pair(every=1)
+    write_folder(space)
     plain = space.reports("recipe.toml")
     space.edit("B.safetensors", "B")
     run = space.sdbuild("recipe.toml")
@@ -135,3 +142,54 @@ def test_a_diffusers_folder_is_one_source(space: Space):
     assert [a["tensor_digest"] for a in plain] == [a["tensor_digest"] for a in again]
     assert "putting B together" in run.stderr
     assert (inspected["architecture"], inspected["kind"], inspected["sha256"]) == ("sd1", "diffusers", None)
+
+
+COMMIT = "4479821af492b5b965b9388866a368ef04f6aff7"
+
+
+def test_a_diffusers_folder_on_a_hub_is_locked_and_downloaded(space: Space, hubs: Hubs):
+    """A folder on Hugging Face is named by its index: locked at its commit, put together once, and had again from the lock elsewhere."""
+    space.pair(every=1)
+    files = write_folder(space)
+    [plain] = space.reports("recipe.toml")
+    hubs.huggingface("me/anime", COMMIT, {**{f"v2/{name}": data for name, data in files.items()}, "README.md": b"#"})
+    space.edit('path = "B.safetensors"', 'uri = "hf:me/anime/v2/model_index.json@main"')
+    env = hubs.env
+    unpinned = space.sdbuild("recipe.toml", "--allow-private", env=env)
+    locked = space.sdbuild("lock", "recipe.toml", "--allow-private", env=env)
+    assert locked.returncode == 0, locked.stderr
+    entry = tomllib.loads((space.path / "recipe.lock").read_text())["source"]["B"]
+    here = space.reports("recipe.toml", "--locked", "--offline", env=env)
+    elsewhere = space.sdbuild("recipe.toml", "--locked", "--allow-private", "--store", "fresh", "--out", "there", "--json", env=env)
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    [there] = json.loads(elsewhere.stdout)["reports"][0]["artifacts"]
+
+    assert unpinned.returncode == 2
+    assert "run `sdbuild lock`" in unpinned.stderr
+    assert (entry["kind"], entry["revision"]) == ("diffusers", COMMIT)
+    assert [plain["tensor_digest"]] * 2 == [here[0]["tensor_digest"], there["tensor_digest"]]
+    assert not list((space.path / "fresh" / "downloads").iterdir())
+
+
+def test_shards_on_a_hub_that_changed_are_refused_by_the_lock(space: Space, hubs: Hubs):
+    """The commit is locked, and so are the tensors: a hub that serves other shards for the same commit is refused."""
+    space.pair()
+    whole = load_file(space.path / "B.safetensors")
+    names = sorted(whole)
+
+    def shards(change: float) -> dict[str, bytes]:
+        files = {}
+        for n in range(2):
+            save_file({name: whole[name] + change if whole[name].is_floating_point() else whole[name] for name in names[n::2]}, space.path / "shard")
+            files[f"m-{n}.safetensors"] = (space.path / "shard").read_bytes()
+        index = {"weight_map": {name: f"m-{n}.safetensors" for n in range(2) for name in names[n::2]}}
+        return files | {"m.safetensors.index.json": json.dumps(index).encode()}
+
+    hubs.huggingface("me/anime", COMMIT, shards(0.0))
+    space.edit('path = "B.safetensors"', f'uri = "hf:me/anime/m.safetensors.index.json@{COMMIT}"')
+    assert space.sdbuild("lock", "recipe.toml", "--allow-private", env=hubs.env).returncode == 0
+    hubs.huggingface("me/anime", COMMIT, shards(0.5))
+    run = space.sdbuild("recipe.toml", "--locked", "--allow-private", "--store", "fresh", env=hubs.env)
+
+    assert run.returncode == 4
+    assert "is not as recipe.lock says: tensors = " in run.stderr

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tomllib
-from pathlib import Path
 
 import checkpoints
 import pytest
+import torch
 from conftest import Space
 from hubs import HubFile, Hubs
+from safetensors import safe_open
+from safetensors.torch import load
 
 RECIPE = """
 recipe = 1
@@ -60,5 +63,50 @@ def test_a_recipe_is_built_from_two_hubs_and_then_offline_from_its_lock(shop):
     again = run(shop, "recipe.toml", "--locked", "--offline")
     assert again.returncode == 0, again.stderr
     assert "nothing to do" in again.stdout
-    print(first.stderr, first.stdout, locked.stderr, locked.stdout, again.stdout, (shop.path / "recipe.lock").read_text())
-    assert 0
+    assert [line.split()[:2] for line in locked.stdout.splitlines()] == [
+        ["MeinaPastel", "locked"],
+        ["viewer-mix", "locked"],
+        ["recipe.lock", "written"],
+    ]
+    lock = tomllib.loads((shop.path / "recipe.lock").read_text(encoding="utf-8"))
+    assert {name: entry["sha256"] for name, entry in lock["source"].items()} == {
+        "viewer-mix": hashlib.sha256(shop.data["viewer"]).hexdigest(),
+        "MeinaPastel": hashlib.sha256(shop.data["meina"]).hexdigest(),
+    }
+    assert lock["source"]["MeinaPastel"]["revision"] == COMMIT
+
+
+def test_an_artifact_says_where_its_sources_came_from(shop):
+    """Manifest and header name each source's address, digest and share; what the author declared of the licence is there, too."""
+    assert run(shop, "recipe.toml", "--allow-private").returncode == 0
+    manifest = tomllib.loads((shop.path / "out" / "EstrildaMix.manifest.toml").read_text(encoding="utf-8"))
+    viewer, meina = manifest["source"]
+    assert (viewer["uri"], viewer["share"], viewer["license"]) == ("civitai:7813@25845", 0.3, "CreativeML-OpenRAIL-M")
+    assert (meina["uri"], meina["share"], meina["sha256"]) == (
+        "hf:Meina/MeinaPastel/MeinaPastelV4.safetensors@main",
+        0.7,
+        hashlib.sha256(shop.data["meina"]).hexdigest(),
+    )
+    with safe_open(shop.path / "out" / "EstrildaMix.safetensors", "pt") as file:
+        lineage = json.loads(file.metadata()["sdbuild.lineage"])
+    assert [source["uri"] for source in lineage["sources"]] == [viewer["uri"], meina["uri"]]
+
+
+def test_the_merge_of_two_hubs_is_the_sum_that_was_asked_for(shop):
+    """What was downloaded is merged as if it had been here."""
+    assert run(shop, "recipe.toml", "--allow-private").returncode == 0
+    a, b = (load(shop.data[name]) for name in ("viewer", "meina"))
+    mixed = shop.load("EstrildaMix")
+    assert mixed.keys() == a.keys() == b.keys()
+    for name, tensor in mixed.items():
+        if tensor.is_floating_point():
+            assert torch.allclose(tensor.float(), 0.3 * a[name].float() + 0.7 * b[name].float(), atol=1e-3)
+
+
+def test_sources_on_private_addresses_are_not_asked_unless_that_is_said(shop):
+    """The hub that the environment names is trusted, and where it sends us to is not, unless --allow-private says so."""
+    refused = run(shop, "recipe.toml")
+    assert refused.returncode == 5
+    assert "127.0.0.1 is a private address" in refused.stderr
+    assert "--allow-private" in refused.stderr
+    assert not (shop.path / "out").exists()
