@@ -216,9 +216,11 @@ class Supply:
     def _pinned(self, name: str) -> Wanted:
         """Add to what the recipe says of a source what the lock knows of its bytes."""
         wanted, entry = self._wanted[name], self._entries.get(name)
-        if entry and entry.made and (place := made_place(self._store.stock, entry.made, entry.kind)).exists():
+        if entry is None or wanted.local:
+            return wanted
+        if entry.made and (place := made_place(self._store.stock, entry.made, entry.kind)).exists():
             return replace(wanted, made=(place, entry.kind, entry.size))
-        if entry is None or not entry.blake3 or wanted.local:
+        if not entry.blake3:
             return wanted
         table = wanted.table
         pins = {"size": entry.size} if table.sha256 or table.blake3 else {"size": entry.size, "blake3": entry.blake3}

@@ -285,7 +285,7 @@ def test_an_address_must_lead_to_a_step(space: Space, address: str, what: str, h
     assert issue.hint.startswith(hint)
 
 
-@pytest.mark.parametrize("name", ["con\\u0000.toml", "a" * 400 + ".toml", "loop.toml"])
+@pytest.mark.parametrize("name", ["a" * 400 + ".toml", "loop.toml"])
 def test_an_address_that_no_system_knows_leads_nowhere(space: Space, name: str):
     """
     A name with a zero, one too long, a link to itself: no recipe is there.
