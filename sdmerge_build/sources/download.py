@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import math
 import os
-import queue
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from sdmerge_build.files import boot_id
 from sdmerge_build.sources.hashing import FileDigest
+from sdmerge_build.sources.sink import CHUNK, Sink
 from sdmerge_build.sources.stock import Part
 from sdmerge_build.sources.trust import PastEnd, Unsteady, WebError
 from sdmerge_build.sources.web import DELAYS, Body, Web
 
 __all__ = ["Arrived", "Expected", "WrongFileError", "download"]
 
-CHUNK = 1 << 20  # bytes written and hashed at once
-AHEAD = 8  # chunks that may wait to be written
 PROGRESS = 64 << 10  # bytes of one answer that count as a sign of life
 
 
@@ -77,7 +75,8 @@ def _attempt(web: Web, url: str, part: Part, expected: Expected, advanced: Calla
     is_pieced = part.path.stat().st_size > 0
     with part.path.open("r+b", buffering=0) as file:
         arrived, was_pieced = _Attempt(web, url, part, expected, advanced, file).run()
-        os.fsync(file.fileno())
+        if not boot_id():  # where there is one, the memo vouches for the file only until the system stops, and it is hashed again after that
+            os.fsync(file.fileno())
     return arrived, is_pieced or was_pieced
 
 
@@ -101,7 +100,7 @@ class _Attempt:
         self._web, self._url, self._part, self._expected, self._advanced, self._file = web, url, part, expected, advanced, file
         self._etag, noted = part.noted
         self._size = noted if expected.size is None else expected.size
-        self._sink = _Sink(file, self._digest())
+        self._sink = Sink(file, self._digest())
         self._answers = 0
         self._best = 0  # bytes, the farthest this got
         self._other_total: int | None = None  # what the server said of the size, where that cannot be
@@ -145,7 +144,7 @@ class _Attempt:
         """Hash what an earlier download left; longer than the file can be, it is worth nothing, nor is a whole that nobody vouches for today."""
         have = self._file.seek(0, 2)
         longest = math.inf if self._size is None else self._size if self._is_pinned() else self._size - 1
-        if not 0 < have <= longest or not self._is_certain():
+        if not have or have > longest or not self._is_certain():
             self._begin_anew()
             return
         self._file.seek(0)
@@ -160,7 +159,7 @@ class _Attempt:
         self._file.truncate(0)
         self._file.seek(0)
         self._etag, self._size = "", self._expected.size
-        self._sink = _Sink(self._file, self._digest())
+        self._sink = Sink(self._file, self._digest())
 
     def _ask(self) -> None:
         """Ask for what is missing, and take what comes."""
@@ -170,32 +169,23 @@ class _Attempt:
             self._answers += 1
             self._agree(body)
             room = None if self._size is None else self._size - self._sink.position
-            waiting: list[bytes] = []
-            held = 0
+            told = self._sink.position
             try:
                 for chunk in body.chunks:
                     if room is not None and len(chunk) > room:
                         raise Unsteady("the server sends more than the file has")
-                    waiting.append(chunk)
-                    held += len(chunk)
+                    self._sink.put(chunk)
                     if room is not None:
                         room -= len(chunk)
-                    if held >= CHUNK:
-                        self._put(waiting)
-                        held = 0
+                    if self._sink.position - told >= CHUNK:
+                        self._advanced(self._sink.position - told)
+                        told = self._sink.position
             finally:
-                self._put(waiting)  # what came before the connection was lost is kept
+                self._advanced(self._sink.position - told)
             if body.total is None and self._size is None and self._sink.position:
                 self._size = self._sink.position  # nobody said how long it is; the end was a proper one
             elif not self._is_complete():
                 raise Unsteady("the server ended early")
-
-    def _put(self, waiting: list[bytes]) -> None:
-        if waiting:
-            data = b"".join(waiting)
-            waiting.clear()
-            self._sink.put(data)
-            self._advanced(len(data))
 
     def _agree(self, body: Body) -> None:
         """Bring what the server sends together with what is here: another file, or another place in it, begins anew."""
@@ -224,59 +214,3 @@ class _Attempt:
             self._size = total
         if self._size is None and not body.is_bounded:
             raise WebError("the server does not say where the file ends, so that a lost connection would look like its end", "write its `size`")
-
-
-class _Sink:
-    """Writes and hashes what comes, on threads of its own; raises in the giver's thread what went wrong there."""
-
-    def __init__(self, file: BinaryIO, digest: FileDigest) -> None:
-        self._file = file
-        self.digest = digest
-        self.position = 0
-        self._failure: BaseException | None = None
-        self._lanes: list[queue.Queue[tuple[bytes, bool] | None]] = [queue.Queue(AHEAD), queue.Queue(AHEAD)]
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._write, self._hash_sha256)]
-        for thread in self._threads:
-            thread.start()
-
-    def put(self, data: bytes, *, is_written: bool = False) -> None:
-        """Hand over the next bytes of the file."""
-        for lane in self._lanes:
-            lane.put((data, is_written))
-        self.position += len(data)
-        if self._failure:
-            raise self._failure
-
-    def stop(self) -> None:
-        """Let what was handed over be written, and end the threads."""
-        for lane, thread in zip(self._lanes, self._threads, strict=True):
-            if thread.is_alive():
-                lane.put(None)
-        for thread in self._threads:
-            thread.join()
-
-    def finish(self) -> tuple[str, str | None, str | None]:
-        """Return blake3, sha256 and the tensors' digest, once everything is written."""
-        self.stop()
-        if self._failure:
-            raise self._failure
-        return self.digest.finish()
-
-    def _write(self) -> None:
-        lane = self._lanes[0]
-        while item := lane.get():
-            data, is_written = item
-            if self._failure:
-                continue  # keep taking, so that the giver does not wait for ever
-            try:
-                if not is_written:
-                    view = memoryview(data)
-                    while view:
-                        view = view[self._file.write(view) :]
-                self.digest.feed(data)
-            except BaseException as error:  # noqa: BLE001  raised where bytes are handed over
-                self._failure = error
-
-    def _hash_sha256(self) -> None:
-        while item := self._lanes[1].get():
-            self.digest.feed_sha256(item[0])

@@ -159,7 +159,12 @@ class FileDigest:
         self._has_tensors = size is not None and size >= 16
         self.received = 0
 
-    def feed(self, data: bytes) -> None:
+    @property
+    def wants_sha256(self) -> bool:
+        """Tell whether somebody must feed the sha256."""
+        return self._sha256 is not None
+
+    def feed(self, data: bytes | memoryview) -> None:
         """Hash the next bytes of the file; the sha256 is fed by `feed_sha256`, so that another thread may do it."""
         self._whole.update(data)
         self.received += len(data)
@@ -171,7 +176,7 @@ class FileDigest:
         else:
             self._feed_tensors(memoryview(data))
 
-    def feed_sha256(self, data: bytes) -> None:
+    def feed_sha256(self, data: bytes | memoryview) -> None:
         """Hash the next bytes of the file for its sha256, where that is wanted."""
         if self._sha256:
             self._sha256.update(data)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdmerge_build.errors import IntegrityError, Issue, SdbuildError, SourceError
-from sdmerge_build.files import Snapshot, as_space_error
+from sdmerge_build.files import Snapshot, as_space_error, boot_id
 from sdmerge_build.formats.folder import Part, assembly_layout, choose_parts
 from sdmerge_build.lock import Entry
 from sdmerge_build.recipe import SourceTable
@@ -178,7 +178,8 @@ class Hubs:
                 raise self._failure(order, error) from None
             path = stock.keep(part.path, arrived.blake3, _suffix(order.offer.filename, arrived))
         if arrived.tensors:
-            memo.remember(path, Digests(tensors=arrived.tensors, sha256=arrived.sha256, blake3=arrived.blake3), Snapshot.of(path))
+            digests = Digests(tensors=arrived.tensors, sha256=arrived.sha256, blake3=arrived.blake3)
+            memo.remember(path, digests, Snapshot.of(path), boot_id())
         return path
 
     def _wrong(self, order: Order, error: WrongFileError) -> IntegrityError:

@@ -1,0 +1,104 @@
+"""Owns the way of downloaded bytes to the disk and into digests, on threads of its own, through a few buffers that are used again and again.
+
+Has never heard of where bytes come from. Fresh memory for every piece would cost as much as hashing it: each page of it is a page fault.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import BinaryIO
+
+from sdmerge_build.sources.hashing import FileDigest
+
+__all__ = ["CHUNK", "Sink"]
+
+CHUNK = 1 << 20  # bytes written and hashed at once
+BUFFERS = 8
+
+
+class _Piece:
+    """A buffer on its way: how much of it counts, and who still needs it."""
+
+    def __init__(self, buffer: bytearray, length: int, users: int, *, is_written: bool) -> None:
+        self.buffer, self.length, self.users, self.is_written = buffer, length, users, is_written
+
+
+class Sink:
+    """Writes and hashes what comes; raises in the giver's thread what went wrong there. `position` counts what was given."""
+
+    def __init__(self, file: BinaryIO, digest: FileDigest) -> None:
+        self._file = file
+        self.digest = digest
+        self.position = 0
+        self._failure: BaseException | None = None
+        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        for _ in range(BUFFERS):
+            self._free.put(bytearray(CHUNK))
+        self._buffer, self._held = self._free.get(), 0
+        self._lock = threading.Lock()
+        works = [self._write, self._feed, self._feed_sha256] if digest.wants_sha256 else [self._write, self._feed]
+        self._lanes: list[queue.SimpleQueue[_Piece | None]] = [queue.SimpleQueue() for _ in works]
+        self._threads = [threading.Thread(target=self._work, args=pair, daemon=True) for pair in zip(self._lanes, works, strict=True)]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, data: bytes, *, is_written: bool = False) -> None:
+        """Hand over the next bytes of the file; `is_written` for those that lie there already."""
+        view = memoryview(data)
+        while view:
+            piece = view[: CHUNK - self._held]
+            self._buffer[self._held : self._held + len(piece)] = piece
+            self._held += len(piece)
+            view = view[len(piece) :]
+            if self._held == CHUNK or is_written:
+                self._pass_on(is_written=is_written)
+        self.position += len(data)
+
+    def stop(self) -> None:
+        """Let what was handed over be written, and end the threads."""
+        if self._held and self._failure is None:
+            self._pass_on()
+        for lane, thread in zip(self._lanes, self._threads, strict=True):
+            if thread.is_alive():
+                lane.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def finish(self) -> tuple[str, str | None, str | None]:
+        """Return blake3, sha256 and the tensors' digest, once everything is written."""
+        self.stop()
+        if self._failure:
+            raise self._failure
+        return self.digest.finish()
+
+    def _pass_on(self, *, is_written: bool = False) -> None:
+        piece = _Piece(self._buffer, self._held, len(self._lanes), is_written=is_written)
+        for lane in self._lanes:
+            lane.put(piece)
+        self._buffer, self._held = self._free.get(), 0
+        if self._failure:
+            raise self._failure
+
+    def _work(self, lane: queue.SimpleQueue[_Piece | None], work: Callable[[memoryview, _Piece], None]) -> None:
+        while piece := lane.get():
+            try:
+                if self._failure is None:  # otherwise only give buffers back, so that the giver does not wait for ever
+                    work(memoryview(piece.buffer)[: piece.length], piece)
+            except BaseException as error:  # noqa: BLE001  raised where bytes are handed over
+                self._failure = error
+            with self._lock:
+                piece.users -= 1
+                if not piece.users:
+                    self._free.put(piece.buffer)
+
+    def _write(self, view: memoryview, piece: _Piece) -> None:
+        while view and not piece.is_written:
+            view = view[self._file.write(view) :]
+
+    def _feed(self, view: memoryview, _piece: _Piece) -> None:
+        self.digest.feed(view)
+
+    def _feed_sha256(self, view: memoryview, _piece: _Piece) -> None:
+        self.digest.feed_sha256(view)
