@@ -80,7 +80,7 @@ class Space:
 
     def build(self, recipe: str = "recipe.toml", **options: Any) -> Report:
         """Build in this process."""
-        reach = Reach(**{"folders": options.pop("models", ()), "jobs": options.pop("jobs", 2), "offline": options.pop("offline", True)})
+        reach = Reach(folders=options.pop("models", ()), jobs=options.pop("jobs", 2), offline=options.pop("offline", True))
         said = {"store": self.path / "cache", "out": self.path / "out", "reach": reach} | options
         return build(self.path / recipe, Options(**said), Silent())
 

@@ -90,6 +90,8 @@ class Delivery:
         self.hubs, self.web, self.folder = hubs, web, folder
         self.waited: list[float] = []
         monkeypatch.setattr(Web, "wait", lambda _web, seconds: self.waited.append(seconds))
+        monkeypatch.setattr("sdmerge_build.sources.sink.CHUNK", 128)  # so that small files take several buffers
+        monkeypatch.setattr("sdmerge_build.sources.sink.BUFFERS", 3)
         monkeypatch.setattr("sdmerge_build.sources.download.os.fsync", lambda _handle: None)
         self.part = Part(path=folder / "x.part")
         self.publish()
@@ -197,8 +199,8 @@ HEALED = [
 ]
 
 
-@pytest.mark.parametrize("pin", PINS)
-@pytest.mark.parametrize("fault", HEALED, ids=str)
+@pytest.mark.parametrize("pin", ["sha256", "blake3", "nothing"])
+@pytest.mark.parametrize("fault", dict.fromkeys(HEALED), ids=str)
 def test_one_fault_is_healed(delivery, fault, pin):
     """Whatever goes wrong once, at the first answer or while a cut download is resumed, the file arrives."""
     for before in ((), (cut(200),), (no_etag() + cut(200),)):

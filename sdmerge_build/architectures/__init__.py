@@ -11,11 +11,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdmerge_build.architectures.diffusers import FolderNames, read_names
 from sdmerge_build.architectures.layout import Shape, expand
 from sdmerge_build.digest import Digest
+
+if TYPE_CHECKING:
+    from sdmerge_build.architectures.diffusers import FolderNames
 
 __all__ = ["ARCHITECTURES", "BASE", "GENERIC", "Architecture", "architecture_named", "folder_names", "recognise", "recognise_folder"]
 
@@ -110,6 +112,8 @@ def recognise(names: Collection[str]) -> Architecture:
 @functools.cache
 def folder_names(name: str) -> FolderNames | None:
     """Load the names that an architecture's tensors have in a diffusers folder; None when they are not known."""
+    from sdmerge_build.architectures.diffusers import read_names  # noqa: PLC0415  most runs meet no folder
+
     table = _table(name).get("diffusers")
     return read_names(name, table, _table("diffusers"), architecture_named(name).layout()) if table else None
 

@@ -145,7 +145,8 @@ class _Attempt:
         have = self._file.seek(0, 2)
         longest = math.inf if self._size is None else self._size if self._is_pinned() else self._size - 1
         if not have or have > longest or not self._is_certain():
-            self._begin_anew()
+            self._empty()
+            self._sink.digest = self._digest()
             return
         self._file.seek(0)
         while data := self._file.read(CHUNK):
@@ -156,10 +157,13 @@ class _Attempt:
         """Forget what came, and start with the first byte."""
         self._advanced(-self._sink.position)
         self._sink.stop()
-        self._file.truncate(0)
-        self._file.seek(0)
-        self._etag, self._size = "", self._expected.size
+        self._empty()
         self._sink = Sink(self._file, self._digest())
+
+    def _empty(self) -> None:
+        self._file.truncate(0)
+        self._file.seek(0)  # truncating leaves the position, and the next bytes would come after a hole
+        self._etag, self._size = "", self._expected.size
 
     def _ask(self) -> None:
         """Ask for what is missing, and take what comes."""

@@ -1,6 +1,7 @@
 """Owns sources that are not one safetensors file: tells what they are, and has each converted once, into the stock.
 
 Has never heard of recipes. What a conversion is kept under is the digest of what it was made of, so that it is found again wherever that lies.
+The code that converts is imported when something must be: most sources are safetensors files.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from sdmerge_build.digest import Digest
 from sdmerge_build.errors import IntegrityError, Issue
 from sdmerge_build.events import Watcher
 from sdmerge_build.files import owner_tag, readable_size
-from sdmerge_build.formats.folder import assemble, find_parts, is_folder_checkpoint
-from sdmerge_build.formats.pickled import convert_pickle, looks_pickled
 from sdmerge_build.sources.hashing import Digests
 from sdmerge_build.sources.stock import Stock
 from sdmerge_build.tensorfile import read_header
@@ -27,12 +26,20 @@ VERSION = 1
 
 def kind_of(path: Path) -> str:
     """Tell what a checkpoint is kept as: `safetensors`, which is also the answer where nothing else fits, `pickle`, `shards` or `diffusers`."""
-    if is_folder_checkpoint(path):
-        return "shards" if path.name.endswith(".safetensors.index.json") else "diffusers"
+    if path.suffix == ".json" or path.is_dir():
+        from sdmerge_build.formats.parts import MODEL_INDEX, is_folder_checkpoint  # noqa: PLC0415
+
+        if is_folder_checkpoint(path):
+            return "diffusers" if path.is_dir() or path.name == MODEL_INDEX else "shards"
     if not path.is_file():
         return "safetensors"
     with path.open("rb") as file:
-        return "pickle" if looks_pickled(file.read(16)) else "safetensors"
+        start = file.read(16)
+    if start[8:9] == b"{":
+        return "safetensors"
+    from sdmerge_build.formats.pickled import looks_pickled  # noqa: PLC0415
+
+    return "pickle" if looks_pickled(start) else "safetensors"
 
 
 def made_place(stock: Stock, digest: str, kind: str) -> Path:
@@ -48,6 +55,8 @@ class Foreign:
 
     def pickle_converted(self, path: Path, digests: Digests, stock: Stock, watcher: Watcher) -> Path:
         """Return the safetensors file made of a pickle; made now, in a process of its own, if it is not there yet."""
+        from sdmerge_build.formats.pickled import convert_pickle  # noqa: PLC0415
+
         assert digests.blake3, "BUG: a pickle is hashed before it is converted"
         made = made_place(stock, digests.blake3, "pickle")
         if not made.exists():
@@ -65,11 +74,15 @@ class Foreign:
     @staticmethod
     def files(path: Path) -> list[Path]:
         """List the files of a sharded checkpoint or a diffusers folder."""
+        from sdmerge_build.formats.parts import find_parts  # noqa: PLC0415
+
         root, parts = find_parts(path)
         return list(dict.fromkeys(root / part.path for part in parts))
 
     def assembled(self, path: Path, digests: Mapping[Path, str], stock: Stock, watcher: Watcher) -> Path:
         """Return the one safetensors file made of a folder's files, whose tensors' digests are known; made now if it is not there yet."""
+        from sdmerge_build.formats.folder import assemble, find_parts  # noqa: PLC0415
+
         root, parts = find_parts(path)
         digest = Digest()
         for part in parts:
