@@ -127,8 +127,10 @@ def _summary(report: Report, *, is_plan: bool) -> str:
         todo = counts[State.WANTED] + counts[State.EMITTED]
         if not todo:
             return _nothing_to_do(report)
-        fetch = f"{readable_size(sum(report.missing.values()))} to fetch, " if report.missing else ""
-        return f"{_artifacts(todo)} to make: {fetch}{readable_size(report.bytes_read)} to read, {readable_size(report.bytes_written)} to write"
+        parts = [f"{readable_size(sum(report.missing.values()))} to fetch"] if report.missing else []
+        if report.bytes_written:  # not known before a header is, which offline it may not be
+            parts += [f"{readable_size(report.bytes_read)} to read", f"{readable_size(report.bytes_written)} to write"]
+        return f"{_artifacts(todo)} to make: {', '.join(parts)}"
     if counts[State.REUSED] == len(report.wishes) and not report.published:
         return _nothing_to_do(report)
     parts = [f"{count} {_DONE[state]}" for state, count in counts.items() if count]

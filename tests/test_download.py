@@ -126,7 +126,7 @@ class Delivery:
 def station():
     """One hub and one client for all tests here: both take longer to start than a download takes."""
     with Hubs() as running:
-        yield running, Web(Trust({running.url: "CIVITAI_TOKEN"}, allow_private=True))
+        yield running, Web(Trust({"CIVITAI_TOKEN": running.url}, allow_private=True))
 
 
 @pytest.fixture

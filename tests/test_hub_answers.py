@@ -44,7 +44,7 @@ def web(hubs: Hubs, monkeypatch: pytest.MonkeyPatch) -> Web:
     monkeypatch.setattr(Web, "wait", lambda _web, _seconds: None)
     monkeypatch.setenv("NETRC", "/nonexistent")
     monkeypatch.delenv("TOKEN", raising=False)
-    return Web(Trust({hubs.url: "TOKEN"}, allow_private=True))
+    return Web(Trust({"TOKEN": hubs.url}, allow_private=True))
 
 
 def civitai(web: Web, hubs: Hubs, uri: str = "civitai:7813@25845", *, with_terms: bool = False, **said: str) -> Offer:

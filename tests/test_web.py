@@ -28,7 +28,7 @@ def web(hubs: Hubs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Web:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr(Web, "wait", lambda _web, _seconds: None)
     hubs.civitai(1, 2, HubFile(id=3, name="x.safetensors", data=DATA))
-    return Web(Trust({hubs.url: "CIVITAI_TOKEN"}, allow_private=True))
+    return Web(Trust({"CIVITAI_TOKEN": hubs.url}, allow_private=True))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_token_does_not_come_back_after_a_detour(hubs, web, monkeypatch):
 def test_a_token_belongs_to_scheme_host_and_port(monkeypatch, url, is_shown):
     """No other scheme, host or port than the hub's own sees its token."""
     monkeypatch.setenv("CIVITAI_TOKEN", CANARY)
-    trust = Trust({"https://hub.example": "CIVITAI_TOKEN"}, allow_private=True)
+    trust = Trust({"CIVITAI_TOKEN": "https://hub.example"}, allow_private=True)
 
     assert trust.key_of(url).value == (f"Bearer {CANARY}" if is_shown else "")
 
@@ -130,7 +130,7 @@ def test_without_tls_a_token_does_not_leave_this_machine(monkeypatch, hub, is_sh
     """A hub that is asked without TLS sees a token only on loopback; nor does netrc go elsewhere."""
     monkeypatch.setenv("CIVITAI_TOKEN", CANARY)
 
-    assert bool(Trust({hub: "CIVITAI_TOKEN"}, allow_private=True).key_of(hub + "/x").value) is is_shown
+    assert bool(Trust({"CIVITAI_TOKEN": hub}, allow_private=True).key_of(hub + "/x").value) is is_shown
 
 
 @pytest.mark.parametrize("token", [f"{CANARY}\nX-Other: 1", f"{CANARY} two", f"{CANARY}é", f"{CANARY}\x7f"])
@@ -347,7 +347,7 @@ PRIVATE = [
 @pytest.mark.parametrize("host", PRIVATE)
 def test_private_addresses_are_refused_however_they_are_spelled(hubs, web, host):
     """Neither an address nor a redirect leads to a machine that only we can reach, unless that is allowed."""
-    strict = Web(Trust({hubs.url: "CIVITAI_TOKEN"}, allow_private=False))
+    strict = Web(Trust({"CIVITAI_TOKEN": hubs.url}, allow_private=False))
     url = f"https://{host}/latest/meta-data"
     hubs.redirect("/away", url)
     for ask in (lambda: get(strict, url), lambda: get(strict, hubs.url + "/away"), lambda: strict.read(url, 0, 9)):

@@ -6,13 +6,15 @@ Has never heard of steps. Nothing here is imported before something must really 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from sdmerge_build.errors import IntegrityError, Issue, SdbuildError, SourceError
+from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError
 from sdmerge_build.files import Snapshot, as_space_error, boot_id
 from sdmerge_build.formats.folder import Part, assembly_layout, choose_parts
 from sdmerge_build.lock import Entry
@@ -56,8 +58,8 @@ class Hubs:
     """Everything beyond this machine, as the environment says where it is."""
 
     def __init__(self, *, allow_private: bool) -> None:
-        self._bases = {home: (os.environ.get(variable) or home).rstrip("/") for home, variable in MIRRORS.items()}
-        trust = Trust({self._bases[home]: variable for home, variable in TOKENS.items()}, allow_private=allow_private)
+        self._bases = {home: _base(home, variable) for home, variable in MIRRORS.items()}
+        trust = Trust({variable: self._bases[home] for home, variable in TOKENS.items()}, allow_private=allow_private)
         self._web = Web(trust)
 
     def offer(self, name: str, where: str, uri: str, source: SourceTable, *, with_terms: bool) -> Offer:
@@ -101,7 +103,8 @@ class Hubs:
             start, total = self._web.read(url, 0, PEEK)
             size = order.expected.size if order.expected.size is not None else total
             if order.expected.size is not None and total is not None and total != order.expected.size:
-                raise WebError(f"the file there has {total} bytes, not {order.expected.size} as the recipe says")
+                what = f"source `{order.name}`: {order.offer.address} is another file: it has {total} bytes, not {order.expected.size}"
+                raise IntegrityError(Issue(where=order.where, what=what))
             if size is None or not _has_header(start):
                 return None, size
             length = header_length(start[:16], size, shown)
@@ -152,9 +155,9 @@ class Hubs:
             memo.save()
         return {name: _path_or_error(result) for name, result in results.items()}
 
-    def known_as(self, sha256: str | None) -> str:
-        """Say whose file this is, where a hub knows it."""
-        return known_as(self._web, self._bases[Civitai.home], sha256) if sha256 else ""
+    def known_as(self, digest: str | None) -> str:
+        """Say whose file this is, by its sha256 or blake3, where a hub knows it."""
+        return known_as(self._web, self._bases[Civitai.home], digest) if digest else ""
 
     def _fetch(self, order: Order, stock: Stock, memo: Memo, advanced: Callable[[int], None]) -> Path:
         if not order.offer.parts:
@@ -184,7 +187,7 @@ class Hubs:
 
     def _wrong(self, order: Order, error: WrongFileError) -> IntegrityError:
         what = f"source `{order.name}`: what {order.offer.address} sends is another file: {error.what}"
-        return IntegrityError(Issue(where=order.where, what=what, hint=self.known_as(error.arrived.sha256)))
+        return IntegrityError(Issue(where=order.where, what=what, hint=self.known_as(error.arrived.sha256 or error.arrived.blake3)))
 
     def _failure(self, order: Order, error: WebError) -> SourceError:
         page = f"; its page is {order.offer.page}" if order.offer.page and order.offer.page != order.offer.address else ""
@@ -196,6 +199,21 @@ class Hubs:
             if address.startswith(f"{home}/"):
                 return base + address.removeprefix(home)
         return address
+
+
+def _base(home: str, variable: str) -> str:
+    """Return a hub's base address, or its mirror's, which the environment may name. Raises `RecipeError` for what is no address."""
+    base = (os.environ.get(variable) or home).rstrip("/")
+    try:
+        parts = urlsplit(base)
+        is_sound = (
+            parts.scheme in {"https", "http"} and bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment or parts.username)
+        )
+    except ValueError:
+        is_sound = False
+    if not is_sound or not re.fullmatch(r"[!-~]+", base):
+        raise RecipeError(Issue(where=variable, what="is not the address of a mirror", hint="write https://HOST, or unset it"))
+    return base
 
 
 def _lower(digest: str | None) -> str | None:

@@ -34,9 +34,8 @@ class Sink:
         self.position = 0
         self._failure: BaseException | None = None
         self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-        for _ in range(BUFFERS):
-            self._free.put(bytearray(CHUNK))
-        self._buffer, self._held = self._free.get(), 0
+        self._made = 0  # buffers, of BUFFERS at most: a small file needs few
+        self._buffer, self._held = self._room(), 0
         self._lock = threading.Lock()
         works = [self._write, self._feed, self._feed_sha256] if digest.wants_sha256 else [self._write, self._feed]
         self._lanes: list[queue.SimpleQueue[_Piece | None]] = [queue.SimpleQueue() for _ in works]
@@ -57,9 +56,10 @@ class Sink:
         self.position += len(data)
 
     def stop(self) -> None:
-        """Let what was handed over be written, and end the threads."""
+        """Let what was handed over be written, and end the threads; what went wrong is for `finish` to raise."""
         if self._held and self._failure is None:
-            self._pass_on()
+            self._hand_over(is_written=False)
+            self._held = 0
         for lane, thread in zip(self._lanes, self._threads, strict=True):
             if thread.is_alive():
                 lane.put(None)
@@ -73,13 +73,23 @@ class Sink:
             raise self._failure
         return self.digest.finish()
 
-    def _pass_on(self, *, is_written: bool = False) -> None:
+    def _pass_on(self, *, is_written: bool) -> None:
+        self._hand_over(is_written=is_written)
+        self._buffer, self._held = self._room(), 0
+        if self._failure:
+            raise self._failure
+
+    def _hand_over(self, *, is_written: bool) -> None:
         piece = _Piece(self._buffer, self._held, len(self._lanes), is_written=is_written)
         for lane in self._lanes:
             lane.put(piece)
-        self._buffer, self._held = self._free.get(), 0
-        if self._failure:
-            raise self._failure
+
+    def _room(self) -> bytearray:
+        """Return a buffer that nobody needs any more; wait for one when there are enough."""
+        if self._made < BUFFERS and self._free.empty():
+            self._made += 1
+            return bytearray(CHUNK)
+        return self._free.get()
 
     def _work(self, lane: queue.SimpleQueue[_Piece | None], work: Callable[[memoryview, _Piece], None]) -> None:
         while piece := lane.get():

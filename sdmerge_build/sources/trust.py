@@ -65,18 +65,21 @@ def origin_of(url: str) -> str:
 class Trust:
     """The rules of one run.
 
-    `hubs` gives for each hub's base address the variable that holds its token. Who runs us chose these addresses, so they may be private
-    or without TLS; nobody else's may, unless `allow_private`.
+    `hubs` gives for each variable that may hold a token the base address of its hub. Who runs us chose these addresses, so they may be
+    private or without TLS; nobody else's may, unless `allow_private`.
     """
 
     def __init__(self, hubs: Mapping[str, str], *, allow_private: bool) -> None:
-        self._variables = {origin_of(url): variable for url, variable in hubs.items()}
+        self._variables: dict[str, list[str]] = {}
+        for variable, url in hubs.items():
+            self._variables.setdefault(origin_of(url), []).append(variable)
         self._allow_private = allow_private
 
     def key_of(self, url: str) -> Key:
         """Return what opens an address: a token, or an entry of netrc; without a value when there is none. Raises `WebError`."""
         origin, host = origin_of(url), host_of(url)
-        if variable := self._variables.get(origin):
+        if variables := self._variables.get(origin):
+            variable = next((name for name in variables if os.environ.get(name, "").strip()), variables[0])
             token = os.environ.get(variable, "").strip() or _from_netrc(host)[1]
             if token and not re.fullmatch(r"[!-~]+", token):
                 raise WebError(f"{variable} holds characters that no token has")
@@ -85,14 +88,15 @@ class Trust:
             login, password = _from_netrc(host)
             secret = base64.b64encode(f"{login}:{password}".encode()).decode()
             key = Key(f"an entry for {host} in netrc", f"Basic {secret}" if login or password else "")
-        is_safe = origin.startswith("https:") or _is_loopback(host)
-        return key if is_safe else Key(key.name)  # on its way it could be read
+        return key if _is_safe(url) else Key(key.name)  # on its way it could be read
 
     def advice(self, url: str) -> str:
         """Say which token to set, or that the one that is set does not help."""
         key = self.key_of(url)
         if key.value:
             return f"{key.name} was sent, and does not open this file: has it expired, and were the terms on the model's page accepted?"
+        if not _is_safe(url):
+            return f"{host_of(url)} is asked without TLS, so no token is sent to it"
         return f"if it needs an account, set {key.name}"
 
     def vet(self, url: str) -> None:
@@ -135,6 +139,11 @@ def _refuse_private(host: str, text: str) -> None:
         real = address.ipv4_mapped or address.sixtofour or older or address
     if not real.is_global or real.is_multicast or getattr(real, "is_site_local", False):
         raise WebError(f"{host} is a private address ({address}), which is not asked", "if that is meant, say --allow-private")
+
+
+def _is_safe(url: str) -> bool:
+    """Tell whether nobody on the way can read what is sent."""
+    return origin_of(url).startswith("https:") or _is_loopback(host_of(url))
 
 
 def _is_address(host: str) -> bool:
