@@ -22,6 +22,7 @@ __all__ = [
     "SdbuildError",
     "SourceError",
     "SpaceError",
+    "UnreachableError",
     "in_file_order",
     "joined",
     "named_briefly",
@@ -76,6 +77,10 @@ class SourceError(SdbuildError):
     """A source cannot be found."""
 
     exit_code = 5
+
+
+class UnreachableError(SourceError):
+    """A source is elsewhere, and nobody answers there."""
 
 
 class SpaceError(SdbuildError):

@@ -273,8 +273,7 @@ def _bad_sources(recipe: Recipe) -> Iterator[Issue]:
         try:
             page_of(source.uri or "https://none")
         except UriError as error:
-            hint = "write https://…, civitai:MODEL@VERSION, hf:OWNER/REPO/FILE@REVISION or recipe:OTHER.toml#STEP"
-            yield Issue(where=recipe.where("source", name, "uri"), what=f"source `{name}`: {error}", hint=hint)
+            yield Issue(where=recipe.where("source", name, "uri"), what=f"source `{name}`: {error}", hint=error.hint)
         if _recipe_address(source.uri or ""):
             for pin in (key for key in _MADE if getattr(source, key) is not None):
                 what = f"source `{name}` has `{pin}`, but it is what the other recipe makes; pins have no meaning"

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError, SpaceError
+from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError, SpaceError, UnreachableError
 from sdmerge_build.events import Watcher
 from sdmerge_build.files import free_space, readable_size
 from sdmerge_build.lock import Entry, Lock
@@ -89,6 +89,7 @@ class Supply:
         self._plan, self._store, self._lock, self._reach, self._watcher = plan, store, lock, reach, watcher
         folders, memo = reach.folders, store.memo
         self._search = Search(folders=folders, stock=store.stock, memo=memo, jobs=reach.jobs, watcher=watcher, on_read=on_read, learns_all=learns_all)
+        self._relock = f"`sdbuild lock {plan.recipe.path}` writes the lock anew"
         self._hubs: Hubs | None = None
         self.facts: dict[str, Facts] = {}
         self.found: dict[str, Found] = {}
@@ -133,8 +134,8 @@ class Supply:
             error = self._absent[name] = self._pending.pop(name)
             try:
                 self._order(name, error, is_plan=is_plan)
-            except SourceError as failure:
-                self.errors[name] = SourceError(*dict.fromkeys((*failure.issues, *error.issues)))
+            except UnreachableError as failure:
+                self.errors[name] = self._unreachable(name, failure)
             except SdbuildError as failure:
                 self.errors[name] = failure
 
@@ -178,8 +179,8 @@ class Supply:
             self._watcher.finished()
         sought = []
         for name, result in arrived.items():
-            if isinstance(result, SourceError):
-                self.errors[name] = SourceError(*result.issues, *self._absent[name].issues)
+            if isinstance(result, UnreachableError):
+                self.errors[name] = self._unreachable(name, result)
             elif isinstance(result, SdbuildError):
                 self.errors[name] = result
             else:
@@ -191,6 +192,12 @@ class Supply:
             self._take(name, file)
             del self.missing[name]
 
+    def _unreachable(self, name: str, failure: UnreachableError) -> UnreachableError:
+        """Add to why nobody answers how the file can be had otherwise."""
+        first, absent = failure.issues[0], self._absent[name].issues[0]
+        reason = first.what.removeprefix(f"source `{name}`: ")
+        return UnreachableError(replace(first, what=f"{absent.what}, and {reason}", hint=f"{first.hint}; {absent.hint}"))
+
     def _valid_entries(self) -> dict[str, Entry]:
         """Choose the entries of the lock that speak of what the recipes say today; with `locked`, any other is a mistake."""
         entries, issues = {}, []
@@ -201,12 +208,12 @@ class Supply:
                 entries[name] = entry
             elif differences:
                 what = f"source `{name}` is not as {self._lock.path.name} says: {'; '.join(differences)}"
-                issues.append(Issue(where=wanted.where, what=what, hint="`sdbuild lock` writes the lock anew"))
+                issues.append(Issue(where=wanted.where, what=what, hint=self._relock))
         known = {full for prefix, recipe in self._plan.tables() for full in (prefix + name for name in recipe.table.source)}
         strays = [name for name in self._lock.entries if name not in known]
-        issues += [Issue(where=str(self._lock.path), what=f"has source `{name}`, which no recipe has", hint="run `sdbuild lock`") for name in strays]
+        issues += [Issue(where=str(self._lock.path), what=f"has source `{name}`, which no recipe has", hint=self._relock) for name in strays]
         if self._reach.locked and not self._lock.exists:
-            issues = [Issue(where=str(self._lock.path), what="there is no lock, and --locked asks for one", hint="run `sdbuild lock` once")]
+            issues = [Issue(where=str(self._lock.path), what="there is no lock, and --locked asks for one", hint=self._relock)]
         if issues and self._reach.locked:
             raise RecipeError(*issues)
         for issue in issues:
@@ -223,7 +230,11 @@ class Supply:
         if not entry.blake3:
             return wanted
         table = wanted.table
-        pins = {"size": entry.size} if table.sha256 or table.blake3 else {"size": entry.size, "blake3": entry.blake3}
+        pins: dict[str, Any] = {"size": entry.size}
+        if self._reach.locked or not (table.sha256 or table.blake3):
+            pins["blake3"] = entry.blake3
+        if self._reach.locked and entry.sha256:  # the blake3 would do, but then nobody would notice an edited sha256
+            pins["sha256"] = entry.sha256
         return replace(wanted, table=table.model_copy(update=pins))
 
     def _take(self, name: str, file: Found) -> None:
@@ -231,11 +242,15 @@ class Supply:
         entry, wanted, facts = self._entries.get(name), self._wanted[name], Facts.of(file)
         if entry and (changes := list(Facts.locked(entry).changes(facts))):
             what = f"source `{name}`: {file.original or file.path} is not as {self._lock.path.name} says: {'; '.join(changes)}"
-            issue = Issue(where=wanted.where, what=what, hint="`sdbuild lock` writes the lock anew")
+            issue = Issue(where=wanted.where, what=what, hint=self._relock)
             if self._reach.locked or not wanted.local:
                 self.errors[name] = IntegrityError(issue)
                 return
             self._watcher.note(f"{issue.where}: {issue.what}")
+        table = wanted.table
+        if table.uri and not (entry or table.sha256 or table.blake3 or self._search.learns_all):
+            what = f"source `{name}` is taken as it is: nothing pins that {(file.original or file.path).name} is {table.uri}"
+            self._watcher.note(f"{wanted.where}: {what}")
         self.found[name], self.facts[name], self.headers[name] = file, facts, file.header
 
     def _order(self, name: str, error: SdbuildError, *, is_plan: bool) -> None:
@@ -257,12 +272,25 @@ class Supply:
             uri = f"{uri.rpartition('@')[0]}@{entry.revision}"
         offer = offer or hubs.offer(name, wanted.where, uri, table, with_terms=False)
         if not (table.sha256 or table.blake3 or self._search.learns_all or (entry and entry.made)):
-            raise _unpinned(wanted, offer)
+            raise self._unpinned(wanted, offer)
         order = hubs.order(wanted, offer, learns_all=self._search.learns_all)
-        header, size = hubs.peek(order)
+        try:
+            header, size = hubs.peek(order)
+        except UnreachableError:
+            if not (is_plan and entry):
+                raise
+            header, size = None, entry.size  # the lock knows enough for a plan
         if header:
             self.headers[name] = header
         self.orders[name], self.missing[name] = order, size or offer.size or 0
+
+    def _unpinned(self, wanted: Wanted, offer: Offer) -> RecipeError:
+        """Refuse to download what nobody has pinned, with the line that pins it."""
+        pin = next((f'`{name} = "{said}"`' for name in ("sha256", "blake3") if (said := getattr(offer, name))), "")
+        command = f"run `sdbuild lock {self._plan.recipe.path}`"
+        advice = f"write {pin}, which is what {offer.page or 'the hub'} says today, or {command}" if pin else f"{command}, which notes what it is"
+        what = f"source `{wanted.name}` is to be downloaded, and nothing pins what it must be"
+        return RecipeError(Issue(where=wanted.where, what=what, hint=advice))
 
     def _remote(self) -> Hubs:
         """Return the way out; made, and httpx loaded, when it is first needed."""
@@ -271,17 +299,6 @@ class Supply:
 
             self._hubs = Hubs(allow_private=self._reach.allow_private)
         return self._hubs
-
-
-def _unpinned(wanted: Wanted, offer: Offer) -> RecipeError:
-    """Refuse to download what nobody has pinned, with the line that pins it."""
-    pin = next((f'`{name} = "{said}"`' for name in ("sha256", "blake3") if (said := getattr(offer, name))), "")
-    advice = (
-        f"write {pin}, which is what {offer.page or 'the hub'} says today, or run `sdbuild lock`"
-        if pin
-        else "run `sdbuild lock`, which notes what it is"
-    )
-    return RecipeError(Issue(where=wanted.where, what=f"source `{wanted.name}` is to be downloaded, and nothing pins what it must be", hint=advice))
 
 
 def refuse_full_disk(folder: Path, needed: int) -> None:

@@ -271,10 +271,10 @@ def test_a_repository_with_one_checkpoint_needs_no_file(hubs, web):
 @pytest.mark.parametrize(
     ("uri", "kind", "said"),
     [
-        ("hf:o/r/none.safetensors@main", {}, "answers 404: EntryNotFound"),
-        ("hf:o/r/x.safetensors@nowhere", {}, "answers 404: RevisionNotFound"),
-        (f"hf:o/r/x.safetensors@{OLDER}", {}, "answers 404: RevisionNotFound"),
-        ("hf:o/none/x.safetensors@main", {}, "answers 404: RepoNotFound"),
+        ("hf:o/r/none.safetensors@main", {}, "answers 404: the repository has no such file"),
+        ("hf:o/r/x.safetensors@nowhere", {}, "answers 404: the repository has no such commit"),
+        (f"hf:o/r/x.safetensors@{OLDER}", {}, "answers 404: the repository has no such commit"),
+        ("hf:o/none/x.safetensors@main", {}, "answers 404: there is no such repository"),
         ("hf:o/r/x.safetensors@main", {"needs_token": "right"}, r"refuses \(401\): Invalid username or password"),
         ("hf:o/r/x.safetensors@main", {"needs_token": "right", "gated": "auto"}, r"refuses \(401\): Access to model o/r is restricted"),
     ],

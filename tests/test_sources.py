@@ -12,6 +12,7 @@ from conftest import Space, states
 
 from sdmerge_build.errors import IntegrityError, RecipeError, SourceError
 from sdmerge_build.sources import UriError, page_of
+from sdmerge_build.sources.uri import HttpsAddress, parse_uri
 
 RECIPE = """
 recipe = 1
@@ -202,3 +203,65 @@ def test_a_bad_address_in_a_recipe_is_named_with_its_line(space: Space):
     space.edit('path = "B.safetensors"', 'uri = "civitai:7813"')
     with pytest.raises(RecipeError, match=r"recipe.toml:9: source `B`: `civitai:7813` is not an address sdbuild knows"):
         space.build()
+
+
+def test_a_path_that_is_not_there_does_not_blame_other_files(owned):
+    """A source whose path leads nowhere is looked for by its digest, and a stranger that is not it is no integrity error."""
+    owned.write("recipe.toml", RECIPE.format(source=f'path = "gone.safetensors"\nsha256 = "{"ab" * 32}"'))
+    with pytest.raises(SourceError) as caught:
+        owned.build(models=(owned.path / "models",))
+    pinned(owned, "sha256", path="gone.safetensors")
+
+    assert "there is no file `gone.safetensors` beside the recipe; 3 other files in the folders of models could have been it" in str(caught.value)
+    assert states(owned.build(models=(owned.path / "models",))) == {"mix": "built"}
+
+
+def test_a_folder_without_an_index_says_what_to_name(owned):
+    """A folder that is no checkpoint is refused with what would be one."""
+    owned.write("recipe.toml", RECIPE.format(source='path = "models"'))
+    with pytest.raises(IntegrityError, match="is a folder without a model_index"):
+        owned.build()
+
+
+@pytest.mark.parametrize(
+    ("copied", "page"),
+    [
+        ("https://civitai.com/models/11866?modelVersionId=27135", "https://civitai.com/models/11866?modelVersionId=27135"),
+        ("https://www.civitai.com/models/11866/meinapastel?modelVersionId=27135#x", "https://civitai.com/models/11866?modelVersionId=27135"),
+        ("https://huggingface.co/a/b/blob/main/c/d.safetensors", "https://huggingface.co/a/b/blob/main/c/d.safetensors"),
+        ("https://hf.co/a/b/resolve/v1.0/d.safetensors?download=true", "https://huggingface.co/a/b/blob/v1.0/d.safetensors"),
+    ],
+)
+def test_a_page_copied_from_the_browser_is_what_it_shows(copied, page):
+    """The address of a version's or a file's page is read like the scheme's own."""
+    assert page_of(copied) == page
+    assert not isinstance(parse_uri(copied), HttpsAddress)
+
+
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [
+        ("https://civitai.com/models/11866/meinapastel", "civitai:11866@VERSION"),
+        ("https://huggingface.co/Meina/MeinaPastel", "hf:Meina/MeinaPastel/FILE@REVISION"),
+        ("civitai:11866", "civitai:11866@VERSION"),
+        ("civitai:11866@1#a.safetensors", "the file's number"),
+        ("hf:a/b/c.safetensors", "@main"),
+        ("http://x.org/y.safetensors", "only https:"),
+        ("models/y.safetensors", "is a `path`"),
+        ("Civitai:1@2", "small letters"),
+    ],
+)
+def test_a_mistaken_address_is_told_what_was_meant(written, advice):
+    """The hint says what to write instead."""
+    with pytest.raises(UriError) as caught:
+        parse_uri(written)
+
+    assert advice in caught.value.hint
+
+
+def test_a_page_with_a_token_is_refused_like_any_address_with_one():
+    """An address from the browser that holds a secret is not read, and the secret is not quoted."""
+    with pytest.raises(UriError) as caught:
+        parse_uri("https://civitai.com/models/1?modelVersionId=2&token=canary")
+
+    assert "canary" not in str(caught.value)

@@ -368,7 +368,11 @@ def test_what_nobody_pins_is_not_downloaded(shop, name):
         shop.build()
     [issue] = caught.value.issues
     line = f'sha256 = "{sha256(model(name))}"'
-    assert (caught.value.exit_code, f"write `{line}`" in issue.hint, "run `sdbuild lock`" in issue.hint) == (2, True, True)
+    assert (caught.value.exit_code, f"write `{line}`" in issue.hint, f"run `sdbuild lock {shop.path / 'recipe.toml'}`" in issue.hint) == (
+        2,
+        True,
+        True,
+    )
     assert issue.where.endswith("recipe.toml:4")
     assert shop.downloads == shop.looks == []
 
@@ -380,7 +384,7 @@ def test_what_no_hub_knows_must_be_locked(web):
     """Of a plain address nobody says a digest; the advice is to lock."""
     web.recipe(A=f'uri = "{web.hubs.https("/a.safetensors", model("web"))}"')
     for act in (web.build, web.plan, web.fetch):
-        with pytest.raises(RecipeError, match="nothing pins what it must be\n\nhint: run `sdbuild lock`, which notes what it is"):
+        with pytest.raises(RecipeError, match=r"nothing pins what it must be\n\nhint: run `sdbuild lock .*recipe.toml`, which notes what it is"):
             act()
     assert web.hubs.requests == []
     web.lock()

@@ -42,7 +42,8 @@ def inspect_command(file: Path, as_json: bool) -> None:
     """Show what a checkpoint holds.
 
     Architecture, dtypes, components, hashes, metadata and lineage of any safetensors file, .ckpt, sharded
-    checkpoint or diffusers folder, and at the end a [source] table to paste into a recipe.
+    checkpoint or diffusers folder, and at the end a [source] table to paste into a recipe. What is no
+    safetensors file is converted once, into the store: `cache`, or SDBUILD_STORE.
     """
     if not file.exists():
         raise RecipeError(Issue(where=str(file), what="there is no such file"))

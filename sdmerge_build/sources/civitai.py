@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from sdmerge_build.recipe import SourceTable
 from sdmerge_build.sources.offers import Offer, expect, hex_or_none, is_plain, tables, text_of
-from sdmerge_build.sources.trust import WebError
+from sdmerge_build.sources.trust import GoneError, WebError
 from sdmerge_build.sources.uri import CivitaiAddress
 from sdmerge_build.sources.web import Web
 
@@ -63,7 +63,7 @@ def known_as(web: Web, base: str, sha256: str) -> str:
 def _choose(files: list[dict[str, Any]], address: CivitaiAddress, source: SourceTable) -> dict[str, Any]:
     """Choose one file of a version. Raises `WebError` when that would be a guess."""
     if not files:
-        raise WebError(
+        raise GoneError(
             f"{NAME} offers no file for version {address.version}",
             "it may have been archived or taken down; a file you have can be found by its sha256",
         )

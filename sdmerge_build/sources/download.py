@@ -118,7 +118,7 @@ class _Attempt:
                     failures = 0 if self._sink.position - self._best >= PROGRESS else failures + 1
                     self._best = max(self._best, self._sink.position)
                     if failures >= error.tries:
-                        raise WebError(error.what, error.hint) from None
+                        raise
                     if isinstance(error, PastEnd):
                         self._begin_anew()
                     if failures > 1 or error.delay:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError
+from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError, UnreachableError
 from sdmerge_build.files import Snapshot, as_space_error, boot_id
 from sdmerge_build.formats.folder import Part, assembly_layout, choose_parts
 from sdmerge_build.lock import Entry
@@ -28,7 +28,7 @@ from sdmerge_build.sources.memo import Memo
 from sdmerge_build.sources.offers import Offer, Scheme
 from sdmerge_build.sources.search import Wanted
 from sdmerge_build.sources.stock import Stock
-from sdmerge_build.sources.trust import Trust, WebError
+from sdmerge_build.sources.trust import GoneError, Trust, Unsteady, WebError
 from sdmerge_build.sources.uri import Address, CivitaiAddress, HttpsAddress, HuggingFaceAddress, parse_uri
 from sdmerge_build.sources.web import Web
 from sdmerge_build.tensorfile import Header, header_length, parse_header
@@ -69,7 +69,7 @@ class Hubs:
         try:
             offer = scheme.offer(self._web, self._bases.get(scheme.home, ""), address, source, with_terms=with_terms)
         except WebError as error:
-            raise SourceError(Issue(where=where, what=f"source `{name}`: {error.what}", hint=error.hint)) from None
+            raise _refusal(where, name, error) from None
         for field in ("sha256", "blake3"):
             said, pin = getattr(offer, field), getattr(source, field)
             if said and pin and said != pin.lower():
@@ -187,11 +187,13 @@ class Hubs:
 
     def _wrong(self, order: Order, error: WrongFileError) -> IntegrityError:
         what = f"source `{order.name}`: what {order.offer.address} sends is another file: {error.what}"
-        return IntegrityError(Issue(where=order.where, what=what, hint=self.known_as(error.arrived.sha256 or error.arrived.blake3)))
+        known = self.known_as(error.arrived.sha256 or error.arrived.blake3)
+        advice = f"look at {order.offer.page or order.offer.address}; where another file is meant now, `sdbuild lock` notes it"
+        return IntegrityError(Issue(where=order.where, what=what, hint=known or advice))
 
     def _failure(self, order: Order, error: WebError) -> SourceError:
         page = f"; its page is {order.offer.page}" if order.offer.page and order.offer.page != order.offer.address else ""
-        return SourceError(Issue(where=order.where, what=f"source `{order.name}`: {error.what}", hint=(error.hint + page).removeprefix("; ")))
+        return _refusal(order.where, order.name, error, page)
 
     def _real(self, address: str) -> str:
         """Turn a hub's own address into that of the mirror that stands for it, where one does."""
@@ -199,6 +201,12 @@ class Hubs:
             if address.startswith(f"{home}/"):
                 return base + address.removeprefix(home)
         return address
+
+
+def _refusal(where: str, name: str, error: WebError, page: str = "") -> SourceError:
+    """Say why a source cannot be had; whether anybody answered makes a difference to what can be done."""
+    kind = UnreachableError if isinstance(error, Unsteady | GoneError) else SourceError
+    return kind(Issue(where=where, what=f"source `{name}`: {error.what}", hint=(error.hint + page).removeprefix("; ")))
 
 
 def _base(home: str, variable: str) -> str:

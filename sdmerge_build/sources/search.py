@@ -189,6 +189,9 @@ class _Seen:
     def _header(self, path: Path) -> Header | Foreign | SdbuildError:
         try:
             self.snapshots[path] = Snapshot.of(path)
+            if path.is_dir():
+                hint = "name the index of its shards, or one of its files"
+                raise IntegrityError(Issue(where=str(path), what="is a folder without a model_index.json", hint=hint))
             return Foreign("pickle") if kind_of(path) == "pickle" else read_header(path)
         except SdbuildError as error:
             return error
@@ -298,14 +301,14 @@ def _absence(source: Wanted, paths: Sequence[Path], seen: _Seen) -> SdbuildError
     strangers = 0
     for path in paths:
         header = seen.headers[path]
-        is_named = bool(table.path) or (table.filename or "").casefold() == path.name.casefold()
+        is_named = path == source.local or (table.filename or "").casefold() == path.name.casefold()
         if not is_named:
             strangers += 1
         elif isinstance(header, SdbuildError):
             issues += [Issue(where=where, what=f"source `{name}`: {issue.where}: {issue.what}", hint=issue.hint) for issue in header.issues]
         else:
             issues += [Issue(where=where, what=f"source `{name}`: {path}: {text}") for text in _mismatches(source, path, seen)]
-    if table.path and paths:
+    if source.local:
         return IntegrityError(*issues)
     what = f"source `{name}` is nowhere to be found"
     if table.path:

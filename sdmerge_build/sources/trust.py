@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-__all__ = ["Key", "PastEnd", "Trust", "Unsteady", "WebError", "host_of", "origin_of"]
+__all__ = ["GoneError", "Key", "PastEnd", "Trust", "Unsteady", "WebError", "host_of", "origin_of"]
 
 
 class WebError(Exception):
@@ -29,11 +29,15 @@ class WebError(Exception):
         self.hint = hint
 
 
+class GoneError(WebError):
+    """There is no such file there, or not any more."""
+
+
 class Unsteady(WebError):  # noqa: N818  it is not yet an error
     """A failure that may pass: a lost connection, a busy server, a link that has expired."""
 
     def __init__(self, what: str, delay: float | None = None, tries: int = 6) -> None:
-        super().__init__(what, "run again later; what has arrived is kept")
+        super().__init__(what, "run again later; what has arrived is kept, and --offline asks nobody")
         self.delay = delay  # seconds to wait, where the server says
         self.tries = tries  # in a row, before it is given up
 

@@ -13,8 +13,15 @@ from urllib.parse import parse_qsl, urlsplit
 __all__ = ["Address", "CivitaiAddress", "HttpsAddress", "HuggingFaceAddress", "RecipeAddress", "UriError", "page_of", "parse_uri", "without_secrets"]
 
 
+_FORMS = "write https://…, civitai:MODEL@VERSION, hf:OWNER/REPO/FILE@REVISION or recipe:OTHER.toml#STEP"
+
+
 class UriError(ValueError):
-    """An address cannot be read; its text never quotes a secret."""
+    """An address cannot be read; its text never quotes a secret. `hint` says what to write."""
+
+    def __init__(self, what: str, hint: str = _FORMS) -> None:
+        super().__init__(what)
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,12 @@ _AIR = re.compile(
 )
 _REPO = r"[\w.-]+/[\w.-]+"
 _HF = re.compile(rf"hf:(?P<repo>{_REPO})/(?P<file>[^@\s?#]+)@(?P<revision>[\w./-]+)")
+_CIVITAI_PAGE = re.compile(
+    r"https://(?:www\.)?civitai\.com/models/(?P<model>\d{1,12})(?:/[^?#]*)?(?:\?(?:[^#]*&)?modelVersionId=(?P<version>\d{1,12})(?:&[^#]*)?|\?[^#]*)?(?:#.*)?"
+)
+_HF_PAGE = re.compile(
+    r"https://(?:huggingface\.co|hf\.co)/(?!api/|datasets/|spaces/)(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)/?(?:tree/[^?#]*|(?:blob|resolve)/(?P<revision>[\w.-]+)/(?P<file>[^?#@\s%]+))?(?:[?#].*)?"
+)
 _RECIPE = re.compile(r"recipe:(?P<file>[^#]+\.toml)#(?P<step>\S+)")
 _SECRETS = re.compile(
     r"(?i)token|secret|password|passwd|signature|credential|api[-_]?key|access[-_]?key|^(?:sig|key|auth|authorization|jwt|bearer|pass|pwd)$|^key-pair-id$"
@@ -81,8 +94,44 @@ def parse_uri(uri: str) -> Address:
         if match["hub"].casefold() == "civitai" and re.fullmatch(r"\d{1,12}@\d{1,12}", f"{match['model']}@{match['version']}"):
             return CivitaiAddress(int(match["model"]), int(match["version"]), int(match["file"]) if match["file"] else None)
     if uri.startswith("https://"):
-        return _https(uri)
-    raise UriError(f"`{without_secrets(uri)[:200]}` is not an address sdbuild knows")
+        plain = _https(uri)
+        return _page(uri) or plain
+    raise UriError(f"`{without_secrets(uri)[:200]}` is not an address sdbuild knows", _advice(uri))
+
+
+def _page(uri: str) -> Address | None:
+    """Read the addresses of pages on the hubs, as people copy them from a browser; those of files on other hosts are none."""
+    if match := _CIVITAI_PAGE.fullmatch(uri):
+        if match["version"]:
+            return CivitaiAddress(int(match["model"]), int(match["version"]))
+        raise UriError(f"`{without_secrets(uri)[:200]}` is a model's page, and a model has several versions", _advice(f"civitai:{match['model']}"))
+    if match := _HF_PAGE.fullmatch(uri):
+        if match["file"]:
+            return HuggingFaceAddress(match["repo"], match["file"], match["revision"])
+        advice = f"write hf:{match['repo']}/FILE@REVISION, or hf:{match['repo']}/model_index.json@REVISION for a diffusers folder"
+        raise UriError(f"`{without_secrets(uri)[:200]}` is a repository's page, not a file", advice)
+    return None
+
+
+def _advice(uri: str) -> str:
+    """Say what was probably meant."""
+    scheme, _, rest = uri.partition(":")
+    match scheme.lower():
+        case "civitai" if re.fullmatch(r"\d+", rest):
+            return f"add the version: civitai:{rest}@VERSION, the number behind `modelVersionId=` in the page's address"
+        case "civitai" if "#" in rest:
+            return "behind # stands the file's number; leave it out to be told which there are"
+        case "hf" if "@" not in rest:
+            return "add the revision, such as @main"
+        case "http":
+            return "only https: is downloaded from"
+        case "recipe":
+            return "write recipe:OTHER.toml#STEP"
+        case "civitai" | "hf" if scheme != scheme.lower():
+            return f"write {scheme.lower()}: in small letters"
+    if uri.endswith((".safetensors", ".ckpt")) and not rest.startswith("//"):
+        return "a file of your own is a `path`"
+    return _FORMS
 
 
 def _https(uri: str) -> HttpsAddress:

@@ -21,7 +21,7 @@ from urllib.parse import urljoin
 import httpx
 
 from sdmerge_build import __version__
-from sdmerge_build.sources.trust import PastEnd, Trust, Unsteady, WebError, host_of, origin_of
+from sdmerge_build.sources.trust import GoneError, PastEnd, Trust, Unsteady, WebError, host_of, origin_of
 from sdmerge_build.sources.uri import without_secrets
 
 __all__ = ["Body", "Web"]
@@ -34,6 +34,11 @@ STALLED_SECONDS, STALLED_BYTES = 60.0, 64 << 10  # slower than this is as good a
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 _MOVED = {301, 302, 303, 307, 308}
 _DENIED = {401, 403}
+_MISSING = {  # Hugging Face's words for it
+    "EntryNotFound": "the repository has no such file",
+    "RevisionNotFound": "the repository has no such commit, tag or branch",
+    "RepoNotFound": "there is no such repository, or it is not for everybody",
+}
 
 Result = TypeVar("Result")
 
@@ -198,7 +203,7 @@ class Web:
             raise WebError(f"{host} refuses ({status}){reason}", self.trust.advice(url))
         if status in {404, 410}:
             missing = response.headers.get("x-error-code") or "there is no such file or model"
-            raise WebError(f"{host} answers {status}: {missing[:100]}", "it may have been renamed or taken down")
+            raise GoneError(f"{host} answers {status}: {_MISSING.get(missing, missing[:100])}", "it may have been renamed or taken down")
         raise WebError(f"{host} answers {status}{reason}")
 
     def _body(self, response: httpx.Response) -> Body:

@@ -165,7 +165,7 @@ def test_a_diffusers_folder_on_a_hub_is_locked_and_downloaded(space: Space, hubs
     [there] = json.loads(elsewhere.stdout)["reports"][0]["artifacts"]
 
     assert unpinned.returncode == 2
-    assert "run `sdbuild lock`" in unpinned.stderr
+    assert "run `sdbuild lock recipe.toml`" in unpinned.stderr
     assert (entry["kind"], entry["revision"]) == ("diffusers", COMMIT)
     assert [plain["tensor_digest"]] * 2 == [here[0]["tensor_digest"], there["tensor_digest"]]
     assert not list((space.path / "fresh" / "downloads").iterdir())

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
+import checkpoints
 import pytest
 from conftest import NOWHERE
 from hubs import slow, well
@@ -150,7 +152,7 @@ def test_a_difference_is_shown_and_refused(two):
     assert refused.returncode == 2
     assert refused.stderr == (
         f"error: recipe.toml:4: source `viewer` is not as recipe.lock says: uri = {VIEWER} → civitai:7813@99\n\n"
-        "hint: `sdbuild lock` writes the lock anew\n"
+        "hint: `sdbuild lock recipe.toml` writes the lock anew\n"
     )
     noted = run(two, "recipe.toml", "--allow-private")
     assert noted.stderr.startswith(f"recipe.toml:4: source `viewer` is not as recipe.lock says: uri = {VIEWER} → civitai:7813@99; ")
@@ -219,3 +221,29 @@ def test_sources_of_every_kind_are_locked_fetched_and_built_offline(web):
     assert built.returncode == 0, built.stderr
     [artifact] = json.loads(built.stdout)["reports"][0]["artifacts"]
     assert (artifact["state"], artifact["key"]) == ("built", planned["artifacts"][0]["key"])
+
+
+@pytest.mark.parametrize("field", ["sha256", "blake3"])
+def test_an_edited_digest_in_the_lock_is_noticed(two, field):
+    """--locked compares every digest that the lock states with the bytes, also where the recipe pins nothing."""
+    lock = two.path / "recipe.lock"
+    digest = tomllib.loads(lock.read_text())["source"]["viewer"][field]
+    lock.write_text(lock.read_text().replace(digest, digest[:-1] + ("0" if digest[-1] != "0" else "1")))
+    fetched = run(two, "fetch", "recipe.toml", "--locked", "--allow-private", "--store", "fresh")
+
+    assert fetched.returncode in {4, 5}
+    assert digest in fetched.stderr
+    assert "Traceback" not in fetched.stderr
+
+
+def test_a_source_that_is_taken_by_its_name_is_said_to_be(two):
+    """What nothing pins may be another file than its address means: a build says so, and takes it."""
+    (two.path / "recipe.lock").unlink()
+    (two.path / "models").mkdir()
+    checkpoints.write(two.path / "models" / "other.safetensors", checkpoints.miniature("sd1", "other", every=40))
+    for name in ("viewer", "meina"):
+        two.edit(f"[source.{name}]", f'[source.{name}]\nfilename = "other.safetensors"')
+    built = run(two, "recipe.toml", "--models", "models")
+
+    assert built.returncode == 0, built.stderr
+    assert f"source `viewer` is taken as it is: nothing pins that other.safetensors is {VIEWER}" in built.stderr
