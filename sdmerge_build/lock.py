@@ -6,21 +6,25 @@ Has never heard of the network or the store. Sorted, without a clock: the same s
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sdmerge_build.digest import blake3_hex, is_hex
 from sdmerge_build.errors import Issue, RecipeError
-from sdmerge_build.files import read_regular, replacing
+from sdmerge_build.files import as_space_error, read_regular, replacing
 from sdmerge_build.recipe import SourceTable
 from sdmerge_build.tomltext import too_deep
 
 __all__ = ["Entry", "Lock", "lock_path", "read_lock", "write_lock"]
 
 VERSION = 1
+MAX_BYTES = 16 << 20
+MAX_LINES = 200_000  # a thousand times what recipes need; keeps a hostile file from being read for minutes
 _DIGESTS = {"sha256", "blake3", "tensor_digest", "made"}
 _KINDS = {"", "pickle", "shards", "diffusers"}
 _SAID = ("uri", "path", "size", "sha256", "blake3")  # what a recipe says that decides which bytes a source is
@@ -86,21 +90,21 @@ def lock_path(recipe: Path) -> Path:
 def read_lock(path: Path) -> Lock:
     """Read a lock. Raises `RecipeError` when something is there that is no lock, or was edited."""
     try:
-        text = read_regular(path).decode()
+        text = read_regular(path, MAX_BYTES).decode()
     except FileNotFoundError:
         return Lock(path=path, exists=False, entries={})
     except OSError as error:
         raise _refusal(path, f"cannot be read: {error.strerror}") from None
     except ValueError:
         raise _refusal(path, "is not UTF-8 text") from None
-    if complaint := too_deep(text):
+    if complaint := too_deep(text) or ("has more lines than any lock" if text.count("\n") > MAX_LINES or text.count(",") > MAX_LINES else ""):
         raise _refusal(path, complaint)
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise _refusal(path, f"is not TOML: {error}") from None
     version, sources = table.get("lock"), table.get("source", {})
-    if type(version) is not int or version != VERSION or not isinstance(sources, dict):
+    if type(version) is not int or version != VERSION or not isinstance(sources, dict) or table.keys() - {"lock", "source"}:
         raise _refusal(path, f"is not a lock of version {VERSION}")
     issues: list[Issue] = []
     entries = {name: entry for name, said in sources.items() if (entry := _entry(path, name, said, issues))}
@@ -121,7 +125,7 @@ def write_lock(path: Path, entries: Mapping[str, Entry]) -> bool:
             return False
     except OSError:
         pass
-    with replacing(path) as file:
+    with as_space_error(path.parent, len(data)), replacing(path) as file:
         file.write(data)
     return True
 
@@ -151,6 +155,8 @@ def _entry(path: Path, name: str, said: Any, issues: list[Issue]) -> Entry | Non
             wrong.append("has `claims` that are not texts")
     if "tensor_digest" not in said and not wrong:
         wrong.append("lacks `tensor_digest`")
+    if said.get("made") and said.get("kind") not in {"shards", "diffusers"}:
+        wrong.append("has `made`, but is one file")
     issues += [Issue(where=str(path), what=f"the entry of source `{name}` {what}", hint="run `sdbuild lock` again") for what in wrong]
     return None if wrong else Entry(**{**said, "terms": terms})
 
@@ -163,8 +169,19 @@ def _is_sound(key: str, value: Any) -> bool:
         case "kind":
             return value in _KINDS
         case "address":
-            return bool(value.startswith("https://"))
+            return _is_address(value)
+        case "revision":
+            return re.fullmatch("[0-9a-f]{40}|", value) is not None
     return key not in _DIGESTS or is_hex(value)
+
+
+def _is_address(text: str) -> bool:
+    """Tell whether a text is the address of a file that can be asked for."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme == "https" and bool(parts.hostname) and parts.port != 0 and text.isascii() and text.isprintable()
+    except ValueError:
+        return False
 
 
 def _digest_of(terms: Mapping[str, Any]) -> str:

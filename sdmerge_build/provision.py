@@ -49,7 +49,7 @@ def lock_sources(path: Path, store: Path, reach: Reach, watcher: Watcher) -> Loc
     known = {n: e for n, e in earlier.items() if reach.offline and e.uri and n in plan.sources and not any(e.differences(plan.sources[n]))}
     supply = Supply(plan, Store(store), Lock(path=place, exists=False, entries=known), reach, watcher, lambda: None, learns_all=True)
     if not reach.offline:
-        supply.resolve()
+        supply.resolve(earlier)
         _raise(supply)
     supply.look()
     _raise(supply)

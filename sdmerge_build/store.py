@@ -93,6 +93,7 @@ class Store:
 
     def sweep(self) -> None:
         """Remove what builds of this machine left behind when they were killed."""
+        self.stock.sweep()
         with contextlib.suppress(OSError):
             for folder in (self.root / "partial").iterdir():
                 if is_abandoned(folder.name):

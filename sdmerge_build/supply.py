@@ -18,6 +18,7 @@ from sdmerge_build.plan import Plan
 from sdmerge_build.recipe import SourceTable
 from sdmerge_build.sources import Found, Search, Wanted, find_sources
 from sdmerge_build.sources.foreign import made_place
+from sdmerge_build.sources.search import several_files
 from sdmerge_build.store import Store
 from sdmerge_build.tensorfile import Header
 
@@ -30,6 +31,7 @@ __all__ = ["CLAIMS", "Facts", "Reach", "Supply", "refuse_full_disk"]
 CLAIMS = ("sd_merge_models", "sd_merge_recipe")
 """What lineages read of a source's header."""
 
+_MOST_NOTES = 20  # of what a lock says otherwise
 _LONGEST = 1 << 20  # characters; lineages pass over longer claims
 
 
@@ -139,8 +141,11 @@ class Supply:
             except SdbuildError as failure:
                 self.errors[name] = failure
 
-    def resolve(self) -> None:
-        """Ask the hubs what every address means today, with their terms; what they say of a file's bytes must then hold."""
+    def resolve(self, earlier: Mapping[str, Entry]) -> None:
+        """Ask the hubs what every address means today, with their terms; what they say of a file's bytes must then hold.
+
+        A checkpoint of several files that is still at the commit it was put together at is not downloaded again.
+        """
         for name, wanted in self._wanted.items():
             if not wanted.table.uri:
                 continue
@@ -150,6 +155,11 @@ class Supply:
                 self.errors[name] = failure
                 continue
             self.offers[name] = offer
+            was = earlier.get(name)
+            if offer.parts:
+                if was and was.made and was.revision == offer.revision and (place := made_place(self._store.stock, was.made, was.kind)).exists():
+                    self._wanted[name] = replace(wanted, made=(place, was.kind, was.size))
+                continue
             said = {"sha256": offer.sha256} if offer.sha256 else {"blake3": offer.blake3}
             if not (wanted.table.sha256 or wanted.table.blake3 or wanted.local) and any(said.values()):
                 self._wanted[name] = replace(wanted, table=wanted.table.model_copy(update=said))
@@ -189,7 +199,8 @@ class Supply:
         found, errors = find_sources(sought, self._search)
         self.errors |= errors
         for name, file in found.items():
-            self._take(name, file)
+            is_bundle = bool(file.original and self._store.stock.drop_bundle(file.original.parent))
+            self._take(name, replace(file, original=None) if is_bundle else file)
             del self.missing[name]
 
     def _unreachable(self, name: str, failure: UnreachableError) -> UnreachableError:
@@ -216,8 +227,10 @@ class Supply:
             issues = [Issue(where=str(self._lock.path), what="there is no lock, and --locked asks for one", hint=self._relock)]
         if issues and self._reach.locked:
             raise RecipeError(*issues)
-        for issue in issues:
+        for issue in issues[:_MOST_NOTES]:
             self._watcher.note(f"{issue.where}: {issue.what}; {issue.hint}")
+        if len(issues) > _MOST_NOTES:
+            self._watcher.note(f"{self._lock.path}: differs in {len(issues) - _MOST_NOTES} more sources")
         return entries
 
     def _pinned(self, name: str) -> Wanted:
@@ -269,10 +282,12 @@ class Supply:
         hubs = self._remote()
         offer = self.offers.get(name) or (hubs.locked_offer(entry) if entry and entry.address and not entry.made else None)
         if entry and entry.made:
-            uri = f"{uri.rpartition('@')[0]}@{entry.revision}"
+            uri = f"{uri.rpartition('@')[0]}@{entry.revision}" if entry.revision else uri
         offer = offer or hubs.offer(name, wanted.where, uri, table, with_terms=False)
         if not (table.sha256 or table.blake3 or self._search.learns_all or (entry and entry.made)):
             raise self._unpinned(wanted, offer)
+        if offer.parts and (pins := [pin for pin in ("size", "sha256", "blake3") if getattr(self._wanted[name].table, pin) is not None]):
+            raise several_files(wanted, pins)
         order = hubs.order(wanted, offer, learns_all=self._search.learns_all)
         try:
             header, size = hubs.peek(order)
@@ -282,7 +297,8 @@ class Supply:
             header, size = None, entry.size  # the lock knows enough for a plan
         if header:
             self.headers[name] = header
-        self.orders[name], self.missing[name] = order, size or offer.size or 0
+        self.orders[name] = replace(order, offer=replace(offer, size=size or offer.size))
+        self.missing[name] = size or offer.size or 0
 
     def _unpinned(self, wanted: Wanted, offer: Offer) -> RecipeError:
         """Refuse to download what nobody has pinned, with the line that pins it."""

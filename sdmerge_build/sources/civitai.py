@@ -79,7 +79,9 @@ def _choose(files: list[dict[str, Any]], address: CivitaiAddress, source: Source
     if source.filename and len(files) > 1:
         files = [file for file in files if text_of(file.get("name")).casefold() == source.filename.casefold()] or files
     if len(files) > 1 and not any(pins.values()):
-        listed = ", ".join(f"`civitai:{address.model}@{address.version}#{file.get('id')}` ({text_of(file.get('name'))[:80]})" for file in files[:8])
+        listed = ", ".join(
+            f"`civitai:{address.model}@{address.version}#{str(file.get('id'))[:20]}` ({text_of(file.get('name'))[:80]})" for file in files[:8]
+        )
         raise WebError(f"version {address.version} has {len(files)} files on {NAME}", f"say which: {listed}")
     return next((file for file in files if file.get("primary")), files[0])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from sdmerge_build.digest import Digest
 from sdmerge_build.errors import IntegrityError, Issue
 from sdmerge_build.events import Watcher
-from sdmerge_build.files import owner_tag, readable_size
+from sdmerge_build.files import as_space_error, owner_tag, readable_size
 from sdmerge_build.sources.hashing import Digests
 from sdmerge_build.sources.stock import Stock
 from sdmerge_build.tensorfile import read_header
@@ -53,8 +53,11 @@ class Foreign:
 
     kind: str
 
-    def pickle_converted(self, path: Path, digests: Digests, stock: Stock, watcher: Watcher) -> Path:
-        """Return the safetensors file made of a pickle; made now, in a process of its own, if it is not there yet."""
+    def pickle_converted(self, path: Path, digests: Digests, stock: Stock, watcher: Watcher, check: Callable[[], None]) -> Path:
+        """Return the safetensors file made of a pickle; made now, in a process of its own, if it is not there yet.
+
+        `check` raises when the pickle is not any more what was hashed.
+        """
         from sdmerge_build.formats.pickled import convert_pickle  # noqa: PLC0415
 
         assert digests.blake3, "BUG: a pickle is hashed before it is converted"
@@ -66,7 +69,7 @@ class Foreign:
             def make(target: Path) -> None:
                 left_out.extend(convert_pickle(path, target))
 
-            _make(made, stock, make)
+            _make(made, stock, make, check, path.stat().st_size)
             if left_out:
                 watcher.note(f"{path.name} also holds {', '.join(left_out[:8])}, which is left out")
         return made
@@ -79,7 +82,7 @@ class Foreign:
         root, parts = find_parts(path)
         return list(dict.fromkeys(root / part.path for part in parts))
 
-    def assembled(self, path: Path, digests: Mapping[Path, str], stock: Stock, watcher: Watcher) -> Path:
+    def assembled(self, path: Path, digests: Mapping[Path, str], stock: Stock, watcher: Watcher, check: Callable[[], None]) -> Path:
         """Return the one safetensors file made of a folder's files, whose tensors' digests are known; made now if it is not there yet."""
         from sdmerge_build.formats.folder import assemble, find_parts  # noqa: PLC0415
 
@@ -90,19 +93,22 @@ class Foreign:
         made = made_place(stock, digest.hexdigest(), self.kind)
         if not made.exists():
             headers = {part: read_header(root / part.path) for part in parts}
-            watcher.started(f"putting {path.name} together", sum(header.file_size for header in headers.values()))
-            _make(made, stock, lambda target: assemble(root, parts, headers, target, watcher.advanced))
+            size = sum(header.file_size for header in headers.values())
+            watcher.started(f"putting {path.name} together", size)
+            _make(made, stock, lambda target: assemble(root, parts, headers, target, watcher.advanced), check, size)
             watcher.finished()
-            stock.drop_bundle(root)
         return made
 
 
-def _make(made: Path, stock: Stock, make: Callable[[Path], object]) -> None:
-    """Let a file be made beside its place, and move it there once it is whole."""
+def _make(made: Path, stock: Stock, make: Callable[[Path], object], check: Callable[[], None], needed: int) -> None:
+    """Let a file be made beside its place, and move it there once it is whole and what it was made of is still the same."""
+    check()
     made.parent.mkdir(parents=True, exist_ok=True)
     target = made.with_name(f".{owner_tag()}.making")
     try:
-        make(target)
+        with as_space_error(made.parent, needed):
+            make(target)
+        check()
         stock.settle(target, made)
     except FileNotFoundError as error:
         raise IntegrityError(Issue(where=str(error.filename), what="a file of the checkpoint is gone")) from None

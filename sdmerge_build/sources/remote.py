@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError, UnreachableError
+from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError, SpaceError, UnreachableError
 from sdmerge_build.files import Snapshot, as_space_error, boot_id
 from sdmerge_build.formats.folder import Part, assembly_layout, choose_parts
 from sdmerge_build.lock import Entry
 from sdmerge_build.recipe import SourceTable
 from sdmerge_build.sources.civitai import Civitai, known_as
 from sdmerge_build.sources.download import Arrived, Expected, WrongFileError, download
+from sdmerge_build.sources.foreign import kind_of
 from sdmerge_build.sources.hashing import Digests
 from sdmerge_build.sources.https import Https
 from sdmerge_build.sources.huggingface import HuggingFace
@@ -41,7 +42,6 @@ TOKENS = {Civitai.home: "CIVITAI_TOKEN", HuggingFace.home: "HF_TOKEN"}
 AT_ONCE = 4  # downloads
 PEEK = 512 << 10  # bytes of the first request: more than the header of any SD 1.x checkpoint
 _POLL_SECONDS = 0.2
-_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,11 @@ class Order:
     where: str
     offer: Offer
     expected: Expected
+
+    @property
+    def size(self) -> int | None:
+        """Return the file's size in bytes, as far as anybody says."""
+        return self.expected.size if self.expected.size is not None else self.offer.size
 
 
 class Hubs:
@@ -143,8 +148,11 @@ class Hubs:
         """Download several files at once into the stock; return where each is, or why it is not."""
         pool = ThreadPoolExecutor(AT_ONCE)
         results: dict[str, Future[Path]] = {}
+        same: dict[tuple[str, Expected], Future[Path]] = {}  # what several sources ask for is downloaded once
         try:
-            results = {order.name: pool.submit(self._fetch, order, stock, memo, watch) for order in orders}
+            for order in orders:
+                wish = order.offer.address, order.expected
+                results[order.name] = same[wish] = same.get(wish) or pool.submit(self._fetch, order, stock, memo, watch)
             while not all(result.done() for result in results.values()):
                 wait_for(results.values(), timeout=_POLL_SECONDS)  # in short waits, so that Ctrl-C is heard
         except BaseException:
@@ -165,7 +173,7 @@ class Hubs:
         folder = stock.bundle(order.offer.address)
         for name, offer in order.offer.parts:
             part = replace(order, offer=offer, expected=Expected(sha256=offer.sha256))
-            if not (folder / name).exists():
+            if not stock.holds(folder / name, offer.sha256):  # what an earlier download left counts only if it is what the hub says
                 stock.give_out(self._fetch_file(part, stock, memo, advanced), folder / name)
         return folder / order.offer.filename
 
@@ -173,13 +181,17 @@ class Hubs:
         expected = order.expected
         with stock.part(order.offer.address, expected.sha256, expected.blake3) as part:
             try:
-                with as_space_error(part.path.parent, expected.size or order.offer.size or 0):
+                with as_space_error(part.path.parent, order.size or 0):
                     arrived = download(self._web, self._real(order.offer.address), part, expected, advanced)
+            except SpaceError:
+                if not order.size:
+                    part.remove()  # nobody said that it ends
+                raise
             except WrongFileError as error:
                 raise self._wrong(order, error) from None
             except WebError as error:
                 raise self._failure(order, error) from None
-            path = stock.keep(part.path, arrived.blake3, _suffix(order.offer.filename, arrived))
+            path = stock.keep(part.path, arrived.blake3, _suffix(part.path, arrived))
         if arrived.tensors:
             digests = Digests(tensors=arrived.tensors, sha256=arrived.sha256, blake3=arrived.blake3)
             memo.remember(path, digests, Snapshot.of(path), boot_id())
@@ -232,9 +244,9 @@ def _has_header(start: bytes) -> bool:
     return len(start) >= 16 and start[8:9] == b"{"
 
 
-def _suffix(filename: str, arrived: Arrived) -> str:
-    suffix = Path(filename).suffix.lower()
-    return ".safetensors" if arrived.tensors else suffix if suffix in _SUFFIXES else ".file"
+def _suffix(path: Path, arrived: Arrived) -> str:
+    """Name a file after what it is, not after what its address ends with, so that it is found again."""
+    return ".safetensors" if arrived.tensors else ".ckpt" if kind_of(path) == "pickle" else ".file"
 
 
 def _path_or_error(result: Future[Path]) -> Path | SdbuildError:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdmerge_build.errors import IntegrityError, Issue, SdbuildError, SourceError
+from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError
 from sdmerge_build.events import Watcher
 from sdmerge_build.files import Snapshot, readable_size
 from sdmerge_build.recipe import SourceTable
+from sdmerge_build.sources.folders import SUFFIXES, Index
 from sdmerge_build.sources.foreign import Foreign, kind_of
 from sdmerge_build.sources.hashing import Digests, Request, learn_digests
 from sdmerge_build.sources.memo import Memo
@@ -23,9 +23,7 @@ from sdmerge_build.sources.stock import Stock
 from sdmerge_build.sources.uri import page_of
 from sdmerge_build.tensorfile import Header, read_header
 
-__all__ = ["Found", "Search", "Wanted", "find_sources"]
-
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+__all__ = ["Found", "Search", "Wanted", "find_sources", "several_files"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +86,7 @@ def find_sources(sources: Sequence[Wanted], search: Search) -> tuple[dict[str, F
     A candidate is taken when its size and digests are those that are pinned. Likely candidates come first; those of one round that
     nothing is known of are read together, each a single time.
     """
-    index = _Index([*search.folders, search.stock.folder])
+    index = Index([*search.folders, search.stock.folder])
     tried: dict[str, list[Path]] = {source.name: [] for source in sources}
     seen = _Seen(search)
     found: dict[str, Found] = {}
@@ -104,10 +102,18 @@ def find_sources(sources: Sequence[Wanted], search: Search) -> tuple[dict[str, F
     for source in sources:
         if source.made and source.name not in found:
             _keep(source, functools.partial(seen.opened_again, *source.made), found, errors)
+        elif _is_folder(source) and (pins := [pin for pin in ("size", "sha256", "blake3") if getattr(source.table, pin) is not None]):
+            errors[source.name] = several_files(source, pins)
         elif _is_folder(source) and (path := source.local):
             _keep(source, functools.partial(seen.opened_folder, path), found, errors)
     errors |= {s.name: _absence(s, tried[s.name], seen) for s in sources if s.name not in found and s.name not in errors}
     return {s.name: found[s.name] for s in sources if s.name in found}, {s.name: errors[s.name] for s in sources if s.name in errors}
+
+
+def several_files(source: Wanted, pins: Sequence[str]) -> RecipeError:
+    """Refuse pins of one file for a source that is several."""
+    what = f"source `{source.name}` is several files, which {' and '.join(f'`{pin}`' for pin in pins)} cannot pin"
+    return RecipeError(Issue(where=source.where, what=what, hint="leave it out; `sdbuild lock` notes what they are"))
 
 
 def _keep(source: Wanted, opened: Callable[[], Found], found: dict[str, Found], errors: dict[str, SdbuildError]) -> None:
@@ -124,7 +130,7 @@ def _is_folder(source: Wanted) -> bool:
     return bool((path := source.local) and kind_of(path) in {"shards", "diffusers"})
 
 
-def _candidates(source: Wanted, index: _Index, stock: Stock) -> Iterator[Iterable[Path]]:
+def _candidates(source: Wanted, index: Index, stock: Stock) -> Iterator[Iterable[Path]]:
     """Yield the files a source may be, in rounds: by path, by name, from the stock, by size, and at last, when a digest is pinned, all there are."""
     table = source.table
     if path := source.local:
@@ -204,8 +210,9 @@ class _Seen:
         if isinstance(header, Header):
             return Found(path=path, header=header, digests=digests, snapshot=snapshot, size=header.file_size)
         assert isinstance(header, Foreign), "BUG: a candidate that cannot be read was chosen"
-        made = header.pickle_converted(path, digests, self._search.stock, self._search.watcher)
-        return self._converted(made, digests, "pickle", path, snapshot.size)
+        stock, watcher = self._search.stock, self._search.watcher
+        check = functools.partial(self._refuse_changes, [path])
+        return self._converted(lambda: header.pickle_converted(path, digests, stock, watcher, check), digests, "pickle", path, snapshot.size)
 
     def opened_folder(self, path: Path) -> Found:
         """Return a sharded checkpoint or a diffusers folder, put together into one file."""
@@ -213,14 +220,24 @@ class _Seen:
         files = foreign.files(path)
         for file in files:
             self.headers[file] = self._header(file)
-        requests = [r for file in files if (r := self._unknown(file))]
-        self._learn(requests)
-        made = foreign.assembled(path, {file: self.digests[file].tensors for file in files}, self._search.stock, self._search.watcher)
-        return self._converted(made, Digests(tensors=""), foreign.kind, path, sum(self.snapshots[file].size for file in files))
+        self._learn([r for file in files if (r := self._unknown(file))])
+        stock, watcher = self._search.stock, self._search.watcher
+        check = functools.partial(self._refuse_changes, files)
+        digests = {file: self.digests[file].tensors for file in files}
+        size = sum(self.snapshots[file].size for file in files)
+        return self._converted(lambda: foreign.assembled(path, digests, stock, watcher, check), Digests(tensors=""), foreign.kind, path, size)
 
     def opened_again(self, made: Path, kind: str, size: int) -> Found:
         """Return what was put together earlier, of files of `size` bytes."""
-        return self._converted(made, Digests(tensors=""), kind, made, size)
+        return self._converted(lambda: made, Digests(tensors=""), kind, None, size)
+
+    def _refuse_changes(self, files: Sequence[Path]) -> None:
+        """Refuse files that are not as they were when they were hashed: what is made of them would be kept under a digest that lies."""
+        for file in files:
+            if Snapshot.of(file) != self.snapshots[file]:
+                raise IntegrityError(
+                    Issue(where=str(file), what="the file changed while it was being converted", hint="run again once it is at rest")
+                )
 
     def _unknown(self, file: Path) -> Request | None:
         header = self.headers[file]
@@ -233,50 +250,22 @@ class _Seen:
             return None
         return Request(path=file, header=header)
 
-    def _converted(self, made: Path, digests: Digests, kind: str, original: Path, size: int) -> Found:
-        snapshot, header = Snapshot.of(made), read_header(made)
-        own = self._search.memo.recall(made, snapshot)
-        if own is None:
-            self.headers[made], self.snapshots[made] = header, snapshot
-            self._learn([Request(path=made, header=header)])
-            own = self.digests[made]
-        digests = replace(digests, tensors=own.tensors)
-        return Found(path=made, header=header, digests=digests, snapshot=snapshot, size=size, kind=kind, original=original)
-
-
-class _Index:
-    """The model files below some folders; looked through once, and only when a source needs it."""
-
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._folders = folders
-        self._files: list[Path] | None = None
-
-    def all(self) -> list[Path]:
-        """List every model file, in an order that does not depend on the file system."""
-        if self._files is None:
-            self._files = [path for folder in self._folders for path in _walk(folder)]
-        return self._files
-
-    def named(self, filename: str) -> list[Path]:
-        """List the files of a name; upper and lower case do not count, as on Windows and macOS."""
-        return [path for path in self.all() if path.name.casefold() == filename.casefold()]
-
-    def sized(self, size: int) -> list[Path]:
-        """List the files of a size in bytes."""
-        return [path for path in self.all() if path.stat().st_size == size]
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Walk a folder, links included, each real folder once."""
-    seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (path for name in sorted(files) if name.lower().endswith(SUFFIXES) and (path := Path(root, name)).is_file())
+    def _converted(self, make: Callable[[], Path], digests: Digests, kind: str, original: Path | None, size: int) -> Found:
+        """Open what was made of a source; what is damaged, or no longer what was made, is made once more."""
+        for _ in range(2):
+            made = make()
+            with contextlib.suppress(OSError, IntegrityError):
+                snapshot, header = Snapshot.of(made), read_header(made)
+                own = self._search.memo.recall(made, snapshot)
+                if own is None:
+                    self.headers[made], self.snapshots[made] = header, snapshot
+                    self._learn([Request(path=made, header=header)])
+                    own = self.digests[made]
+                if self._search.stock.vouches(made, own.tensors):
+                    whole = replace(digests, tensors=own.tensors)
+                    return Found(path=made, header=header, digests=whole, snapshot=snapshot, size=size, kind=kind, original=original)
+            self._search.stock.discard(made)
+        raise IntegrityError(Issue(where=str(made), what="is damaged", hint="remove it; it is made again of what it was made of"))
 
 
 def _choose(source: Wanted, paths: Sequence[Path], seen: _Seen) -> Path | None:

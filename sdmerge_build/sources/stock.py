@@ -10,16 +10,20 @@ Has never heard of recipes or the network. Files are named by content and appear
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from sdmerge_build.digest import blake3_hex
-from sdmerge_build.files import is_abandoned, owner_tag, read_regular, sync_folder, umask
+from sdmerge_build.files import is_abandoned, owner_tag, read_regular, replacing, sync_folder, umask
 
 __all__ = ["Part", "Stock"]
 
@@ -77,10 +81,43 @@ class Stock:
 
     @staticmethod
     def settle(file: Path, place: Path) -> None:
-        """Give a finished file its name."""
+        """Give a finished file its name; where another process was first with the same bytes, its file is the one that stays."""
+        if _is_same(file, place):
+            file.unlink()
+            return
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
         file.chmod(0o444 & ~umask())
         file.replace(place)
         sync_folder(place.parent)
+
+    @staticmethod
+    def vouches(made: Path, tensors: str) -> bool:
+        """Tell whether a converted file still has the tensors it had when it was made; noted beside it the first time it is asked."""
+        note = made.with_suffix(".tensors")
+        try:
+            return read_regular(note, 1000).decode() == tensors
+        except FileNotFoundError:
+            with replacing(note) as file:
+                file.write(tensors.encode())
+            return True
+        except (OSError, ValueError):
+            return False
+
+    @staticmethod
+    def discard(made: Path) -> None:
+        """Remove a converted file that is damaged, whatever lies there."""
+        for path in (made, made.with_suffix(".tensors")):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove what conversions of this machine left half made when they were killed."""
+        for path in self.folder.glob("*/.*.making"):
+            if is_abandoned(path.name.removeprefix(".").removesuffix(".making")):
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def part(self, *identity: str | None) -> Iterator[Part]:
@@ -115,7 +152,7 @@ class Stock:
         key = blake3_hex(repr(identity).encode())[:32]
         folder = self._downloads / f"{key}.{owner_tag()}.bundle"
         for left in self._downloads.glob(f"{key}.*.bundle"):
-            if is_abandoned(left.name.removeprefix(f"{key}.").removesuffix(".bundle")):
+            if is_abandoned(left.name.removeprefix(f"{key}.").removesuffix(".bundle")) and left.is_dir() and not left.is_symlink():
                 with contextlib.suppress(OSError):
                     left.rename(folder)
                     return folder
@@ -123,21 +160,52 @@ class Stock:
         return folder
 
     @staticmethod
+    def holds(file: Path, sha256: str | None) -> bool:
+        """Tell whether a file of a bundle is there and is the one with this sha256; without one, nobody knows."""
+        if not sha256 or not _is_plain(file):
+            return False
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest() == sha256
+
+    @staticmethod
     def give_out(file: Path, target: Path) -> None:
         """Move a finished file into a bundle, by one rename."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        file.rename(target)
+        file.replace(target)
 
-    def drop_bundle(self, folder: Path) -> None:
-        """Remove a bundle that was put together; any other folder is left alone."""
-        if folder.suffix == ".bundle" and folder.parent.resolve() == self._downloads.resolve():
+    def drop_bundle(self, folder: Path) -> bool:
+        """Remove a bundle that was put together, and tell whether it was one; any other folder is left alone."""
+        is_bundle = folder.suffix == ".bundle" and folder.parent.resolve() == self._downloads.resolve()
+        if is_bundle:
             shutil.rmtree(folder, ignore_errors=True)
+        return is_bundle
 
     def _orphans(self, key: str) -> Iterator[Path]:
         for path in self._downloads.glob(f"{key}.*.part"):
             tag = path.name.removeprefix(f"{key}.").removesuffix(".part")
-            if tag.startswith(_RELEASED) or is_abandoned(tag):
+            is_free = tag.startswith(_RELEASED) or is_abandoned(tag)
+            if is_free and _is_plain(path) and not path.with_suffix(".json").is_symlink():
                 yield path
+
+
+def _is_plain(path: Path) -> bool:
+    """Tell whether a regular file lies there; a link could lead anywhere."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _is_same(file: Path, place: Path) -> bool:
+    """Tell whether two files hold the same bytes; they are read only when they are of one size."""
+    if not _is_plain(place) or file.stat().st_size != place.stat().st_size:
+        return False
+    hashers = [blake3(), blake3()]
+    for path, hasher in zip((file, place), hashers, strict=True):
+        with path.open("rb") as content:
+            while data := content.read(1 << 20):
+                hasher.update(data)
+    return hashers[0].digest() == hashers[1].digest()
 
 
 def _size(path: Path) -> int:

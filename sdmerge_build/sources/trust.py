@@ -17,7 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-__all__ = ["GoneError", "Key", "PastEnd", "Trust", "Unsteady", "WebError", "host_of", "origin_of"]
+from sdmerge_build.files import read_regular
+
+__all__ = ["GoneError", "Key", "PastEnd", "Trust", "Unsteady", "WebError", "host_of", "origin_of", "proxy_of"]
+
+
+MOST_NETRC = 1 << 20  # bytes
 
 
 class WebError(Exception):
@@ -109,10 +114,10 @@ class Trust:
             return
         parts = urlsplit(url)
         host = parts.hostname or ""
-        if _is_proxied(url) and not _is_address(host):
+        if proxy_of(url) and not _is_address(host):
             return  # whom the proxy reaches is its owner's business
         try:
-            found = socket.getaddrinfo(host, parts.port or 443, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(host.rstrip("."), parts.port or 443, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise Unsteady(f"there is no host `{host[:100]}`, or no network", tries=1) from None
         for *_, address in found:
@@ -120,7 +125,7 @@ class Trust:
 
     def vet_peer(self, url: str, peer: str) -> None:
         """Look at whom we really reached: a name may have been looked up anew meanwhile."""
-        if not self._is_free(url) and not _is_proxied(url):
+        if not self._is_free(url) and not proxy_of(url):
             _refuse_private(host_of(url), peer)
 
     def vet_redirect(self, here: str, there: str) -> None:
@@ -147,14 +152,19 @@ def _refuse_private(host: str, text: str) -> None:
 
 def _is_safe(url: str) -> bool:
     """Tell whether nobody on the way can read what is sent."""
-    return origin_of(url).startswith("https:") or _is_loopback(host_of(url))
+    return origin_of(url).startswith("https:") or (_is_loopback(host_of(url)) and not proxy_of(url))
 
 
 def _is_address(host: str) -> bool:
+    """Tell whether a host is an address in any spelling that systems know, such as `127.1`, or a name of this machine."""
+    plain = host.rstrip(".").lower()
     try:
-        ipaddress.ip_address(host)
+        ipaddress.ip_address(plain)
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        try:
+            socket.inet_aton(plain)
+        except OSError:
+            return plain == "localhost" or plain.endswith(".localhost")
     return True
 
 
@@ -165,15 +175,22 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _is_proxied(url: str) -> bool:
-    proxies = urllib.request.getproxies()
-    return bool({"all", urlsplit(url).scheme} & {name.lower() for name in proxies}) and not urllib.request.proxy_bypass(host_of(url))
+def proxy_of(url: str) -> str:
+    """Name the proxy that the environment wants an address to be asked through; nothing where it is asked directly."""
+    proxies = {name.lower(): proxy for name, proxy in urllib.request.getproxies().items()}
+    parts = urlsplit(url)
+    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+    port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
+    is_free = any(urllib.request.proxy_bypass(host) for host in (host_of(url), f"{host_of(url)}:{port}")) if proxy else False
+    return "" if is_free else proxy
 
 
 def _from_netrc(host: str) -> tuple[str, str]:
     """Return login and password of a host's own entry in the file that NETRC names, or in the usual one; a `default` entry is no host's own."""
     try:
-        entry = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").hosts.get(host)
+        path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+        read_regular(path, MOST_NETRC)  # a device or a pipe would be read for ever
+        entry = netrc.netrc(path).hosts.get(host)
     except (OSError, netrc.NetrcParseError, RuntimeError, UnicodeError):
         entry = None
     return (entry[0] or "", entry[2] or "") if entry else ("", "")

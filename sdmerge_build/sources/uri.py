@@ -59,10 +59,10 @@ class RecipeAddress:
 
 Address = HttpsAddress | CivitaiAddress | HuggingFaceAddress | RecipeAddress
 
-_CIVITAI = re.compile(r"civitai:(\d{1,12})@(\d{1,12})(?:#(\d{1,12}))?")
+_CIVITAI = re.compile(r"civitai:(\d{1,12})@(\d{1,12})(?:#(\d{1,12}))?", re.ASCII)
 _AIR = re.compile(
     r"(?:urn:)?(?:air:)?[a-z0-9_-]+:[a-z]+:(?P<hub>civitai|huggingface):(?P<model>[^@\s+:]+)@(?P<version>[^\s+:.]+)(?:\+(?P<file>\d{1,12}))?(?:\.\w+)?",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 _REPO = r"[\w.-]+/[\w.-]+"
 _HF = re.compile(rf"hf:(?P<repo>{_REPO})/(?P<file>[^@\s?#]+)@(?P<revision>[\w./-]+)")
@@ -74,7 +74,8 @@ _HF_PAGE = re.compile(
 )
 _RECIPE = re.compile(r"recipe:(?P<file>[^#]+\.toml)#(?P<step>\S+)")
 _SECRETS = re.compile(
-    r"(?i)token|secret|password|passwd|signature|credential|api[-_]?key|access[-_]?key|^(?:sig|key|auth|authorization|jwt|bearer|pass|pwd)$|^key-pair-id$"
+    r"(?i)token|secret|password|passwd|signature|credential|hmac|cookie|ticket|session|(?:api|access|auth|private|share|user|subscription|rl|s)[-_]?key"
+    r"|^(?:sig|key|auth|authorization|jwt|bearer|pass|pwd|pw|sas|code|access-?code|otp|sid)$|^key-pair-id$"
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
 import ssl
 import threading
 import time
@@ -15,13 +16,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import urljoin
 
 import httpx
 
 from sdmerge_build import __version__
-from sdmerge_build.sources.trust import GoneError, PastEnd, Trust, Unsteady, WebError, host_of, origin_of
+from sdmerge_build.sources.trust import GoneError, PastEnd, Trust, Unsteady, WebError, host_of, origin_of, proxy_of
 from sdmerge_build.sources.uri import without_secrets
 
 __all__ = ["Body", "Web"]
@@ -30,6 +31,7 @@ MOST_REDIRECTS = 5
 MOST_JSON = 8 << 20  # bytes of an answer that is read into memory
 DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds between tries
 LONGEST_DELAY = 120.0  # seconds, whatever a server asks for
+HEADER_SECONDS = 60.0  # for all of an answer's headers
 STALLED_SECONDS, STALLED_BYTES = 60.0, 64 << 10  # slower than this is as good as dead
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 _MOVED = {301, 302, 303, 307, 308}
@@ -60,12 +62,7 @@ class Web:
     def __init__(self, trust: Trust) -> None:
         self.trust = trust
         self.stopping = threading.Event()
-        headers = {"User-Agent": f"sdbuild/{__version__}", "Accept-Encoding": "identity", "Accept": "*/*"}
-        timeout = httpx.Timeout(15.0, read=30.0, pool=None)
-        hooks = {"response": [_hide_redirect]}
-        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))  # what a host hands us for our token is shown to nobody either
-        self._client = httpx.Client(follow_redirects=False, headers=headers, timeout=timeout, cookies=no_cookies, event_hooks=hooks)
-        weakref.finalize(self, self._client.close)
+        self._clients: dict[str, httpx.Client] = {}
 
     def json(self, url: str) -> Any:
         """Ask for a small JSON document. Raises `WebError`."""
@@ -165,12 +162,40 @@ class Web:
             here = there
         raise WebError(f"{host_of(url)} redirects more than {MOST_REDIRECTS} times")
 
+    def _client(self, url: str) -> httpx.Client:
+        """Return the client for an address: directly, or through the proxy that the environment names; nobody else decides that."""
+        proxy = proxy_of(url)
+        if proxy not in self._clients:
+            headers = {"User-Agent": f"sdbuild/{__version__}", "Accept-Encoding": "identity", "Accept": "*/*"}
+            no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))  # what a host hands us for our token is shown to nobody either
+            try:
+                client = httpx.Client(
+                    proxy=proxy or None,
+                    verify=httpx.create_ssl_context(trust_env=True),
+                    trust_env=False,
+                    headers=headers,
+                    cookies=no_cookies,
+                    timeout=httpx.Timeout(15.0, read=30.0, pool=None),
+                    limits=httpx.Limits(max_keepalive_connections=0),  # a connection of its own for each request, so that each has its deadline
+                    event_hooks={"response": [_hide_redirect]},
+                )
+            except (OSError, ssl.SSLError):
+                raise WebError("the certificates that SSL_CERT_FILE or SSL_CERT_DIR name cannot be read") from None
+            except (ValueError, ImportError, httpx.InvalidURL):
+                raise WebError(
+                    "the proxy that the environment names cannot be used", "write http://HOST:PORT into HTTPS_PROXY, or unset it"
+                ) from None
+            weakref.finalize(self, client.close)
+            self._clients[proxy] = client
+        return self._clients[proxy]
+
     @contextlib.contextmanager
     def _sent(self, method: str, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
         """Send one request; what httpx raises, whose texts may hold addresses that are nobody's business, is said in our words."""
         host = host_of(url)
         try:
-            with self._client.stream(method, url, headers=headers) as response:
+            with _Deadline() as deadline, self._client(url).stream(method, url, headers=headers, extensions={"trace": deadline.hear}) as response:
+                deadline.cancel()
                 stream = response.extensions.get("network_stream")
                 if stream and (peer := stream.get_extra_info("server_addr")):
                     self.trust.vet_peer(url, str(peer[0]))
@@ -198,7 +223,10 @@ class Web:
             raise PastEnd(f"{host} does not have the rest of the file ({status})")
         if has_left:
             raise Unsteady(f"the link that {host} gave is no longer good ({status})")
-        reason = f": {said}" if (said := response.headers.get("x-error-message", "")[:300]) else ""
+        secret = self.trust.key_of(url).value.rpartition(" ")[2]
+        said = response.headers.get("x-error-message", "")
+        said = (said.replace(secret, "…") if secret else said)[:300]
+        reason = f": {said}" if said else ""
         if status in _DENIED:
             raise WebError(f"{host} refuses ({status}){reason}", self.trust.advice(url))
         if status in {404, 410}:
@@ -215,8 +243,8 @@ class Web:
             if not match:
                 raise Unsteady(f"{host_of(str(response.url))} sends a part without saying which")
             start, total = int(match[1]), int(match[2]) if match[2] != "*" else None
-        packing = {name.strip().lower() for name in headers.get("content-encoding", "").split(",")} - {"", "identity"}
-        if packing - {"gzip", "deflate"}:
+        packing = [name for part in headers.get("content-encoding", "").split(",") if (name := part.strip().lower()) not in {"", "identity"}]
+        if len(packing) > 1 or {*packing} - {"gzip", "deflate"}:  # packed twice, a few bytes would fill the memory
             raise WebError(f"{host_of(str(response.url))} sends the file packed in a way that was not asked for ({', '.join(sorted(packing))[:50]})")
         is_packed, etag = bool(packing), headers.get("etag", "")
         if is_packed and start:
@@ -247,6 +275,36 @@ class Web:
 def _hide_redirect(response: httpx.Response) -> None:
     """Put where a redirect leads where httpx does not look: it would read it, and say of what it cannot read that the connection was lost."""
     response.extensions["location"] = response.headers.pop("location", "")
+
+
+class _Deadline:
+    """Hangs up on a server that does not come to the end of its headers: each of its bytes would begin the wait for the next anew."""
+
+    def __init__(self) -> None:
+        self._sockets: list[Any] = []
+        self._timer = threading.Timer(HEADER_SECONDS, self._hang_up)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def cancel(self) -> None:
+        """Hear that the headers are here."""
+        self._timer.cancel()
+
+    def hear(self, event: str, info: Mapping[str, Any]) -> None:
+        """Learn of a connection as soon as there is one."""
+        if event in {"connection.connect_tcp.complete", "proxy.connect_tcp.complete", "connection.start_tls.complete"}:
+            self._sockets.append(info["return_value"].get_extra_info("socket"))
+
+    def _hang_up(self) -> None:
+        for connection in self._sockets:
+            with contextlib.suppress(OSError, ValueError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _joined(here: str, target: str) -> str:
