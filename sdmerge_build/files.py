@@ -113,14 +113,18 @@ def umask() -> int:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write beside `path`, then rename over it: readers see the old file or the new one."""
+def replacing(path: Path, *, is_lasting: bool = True) -> Iterator[BinaryIO]:
+    """Write beside `path`, then rename over it: readers see the old file or the new one.
+
+    What is not `lasting` may be gone after a crash of the system; then nothing waits for the disk, which would have to write all that is pending.
+    """
     part = path.with_name(f".{path.name[:64]}.{uuid.uuid4().hex}.part")
     try:
         with part.open("xb") as file:  # not tempfile: it makes files that only their owner can read
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if is_lasting:
+                os.fsync(file.fileno())
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)

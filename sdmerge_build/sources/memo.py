@@ -65,7 +65,7 @@ class Memo:
         entries = self._load() | self._learned
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path) as file:
+            with replacing(self._path, is_lasting=False) as file:
                 file.write(json.dumps({"memo": VERSION, "files": dict(sorted(entries.items()))}, indent=1).encode())
             self._learned = {}
 

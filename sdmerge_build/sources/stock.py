@@ -23,7 +23,7 @@ from typing import Any
 from blake3 import blake3
 
 from sdmerge_build.digest import blake3_hex
-from sdmerge_build.files import is_abandoned, owner_tag, read_regular, replacing, sync_folder, umask
+from sdmerge_build.files import boot_id, is_abandoned, owner_tag, read_regular, replacing, sync_folder, umask
 
 __all__ = ["Part", "Stock"]
 
@@ -89,7 +89,8 @@ class Stock:
             shutil.rmtree(place)
         file.chmod(0o444 & ~umask())
         file.replace(place)
-        sync_folder(place.parent)
+        if not boot_id():  # as for the file itself: see `download`
+            sync_folder(place.parent)
 
     @staticmethod
     def vouches(made: Path, tensors: str) -> bool:
@@ -98,7 +99,7 @@ class Stock:
         try:
             return read_regular(note, 1000).decode() == tensors
         except FileNotFoundError:
-            with replacing(note) as file:
+            with replacing(note, is_lasting=False) as file:
                 file.write(tensors.encode())
             return True
         except (OSError, ValueError):
