@@ -457,7 +457,7 @@ def test_a_trickle_is_given_up(delivery, monkeypatch):
 
 def test_a_server_that_falls_silent_is_given_up(delivery, monkeypatch):
     """A server that says nothing after its headers is taken for dead, and asked again."""
-    monkeypatch.setattr(delivery.web._client, "timeout", httpx.Timeout(0.1))
+    monkeypatch.setattr(delivery.web._client("http://127.0.0.1:1/"), "timeout", httpx.Timeout(0.1))
     with pytest.raises(WebError, match=r"the connection to 127\.0\.0\.1 was lost"):
         delivery.fetch(*[slow(0, 60)] * 50)
 
