@@ -18,11 +18,10 @@ from sdmerge_build.digest import blake3_hex
 from sdmerge_build.formula import relabelled
 from sdmerge_build.keys import Description
 from sdmerge_build.plan import Plan, Step
-from sdmerge_build.supply import Facts
+from sdmerge_build.supply import MAX_CLAIM, Facts
 
 __all__ = ["Share", "claimed_ancestors", "metadata_of", "readable_formula", "shares_of"]
 
-MAX_CLAIM = 1 << 20  # characters of lineage that a header may hold, a parent's or ours
 MAX_CLAIMS = 1000
 
 

@@ -22,7 +22,6 @@ from sdmerge_build.steps import Call, Step, StepReader, complete_step
 __all__ = ["Origin", "Plan", "Step", "plan_file", "plan_recipe"]
 
 MAX_RECIPES = 100
-_MADE = ("path", "filename", "size", "sha256", "blake3")  # what says which file a source is; a step of a recipe is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +264,7 @@ def _recipe_address(uri: str) -> RecipeAddress | None:
 
 
 def _bad_sources(recipe: Recipe) -> Iterator[Issue]:
-    """Find sources that say nothing they could be found by, an address nobody can read, or pins of what is yet to be made."""
+    """Find sources that say nothing they could be found by, an address nobody can read, or what is another recipe's to say."""
     for name, source in recipe.table.source.items():
         if not (source.path or source.filename or source.sha256 or source.blake3 or source.uri):
             what = f"source `{name}` says nothing that it could be found by"
@@ -275,9 +274,9 @@ def _bad_sources(recipe: Recipe) -> Iterator[Issue]:
         except UriError as error:
             yield Issue(where=recipe.where("source", name, "uri"), what=f"source `{name}`: {error}", hint=error.hint)
         if _recipe_address(source.uri or ""):
-            for pin in (key for key in _MADE if getattr(source, key) is not None):
-                what = f"source `{name}` has `{pin}`, but it is what the other recipe makes; pins have no meaning"
-                yield Issue(where=recipe.where("source", name, pin), what=what, hint=f"leave out `{pin}`, or the `recipe:` address")
+            for said in (key for key in SourceTable.model_fields if key != "uri" and getattr(source, key) is not None):
+                what = f"source `{name}` has `{said}`, but it is what the other recipe makes, which says that itself"
+                yield Issue(where=recipe.where("source", name, said), what=what, hint=f"leave out `{said}`, or the `recipe:` address")
 
 
 def _complain_of_cycles(graph: nx.DiGraph[str], steps: Mapping[str, tuple[_File, str]]) -> None:

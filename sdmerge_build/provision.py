@@ -96,7 +96,7 @@ def _entry(name: str, plan: Plan, supply: Supply, earlier: Entry | None) -> Entr
     """Write down one source; offline, what a hub said earlier of the same bytes at the same address still stands."""
     table, facts, offer = plan.sources[name], supply.facts[name], supply.offers.get(name)
     still = earlier if earlier and table.uri and (earlier.uri, earlier.blake3) == (table.uri, facts.blake3) else None
-    said = {key: _encodable(getattr(of, key)) for of in [offer or still] if of for key in ("address", "page", "revision", "filename", "terms")}
+    said = {key: getattr(of, key) for of in [offer or still] if of for key in ("address", "page", "revision", "filename", "terms")}
     return Entry(uri=table.uri or "", path=table.path or "", named=table.filename or "", **said, **_bytes_of(facts))
 
 
@@ -127,15 +127,6 @@ def _flat(entry: Entry) -> dict[str, Any]:
     for name, value in ((f.name, getattr(entry, f.name)) for f in fields(entry)):
         flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, Mapping) else {name: value or None}
     return flat
-
-
-def _encodable(value: Any) -> Any:
-    """Replace halves of characters, which the JSON of a hub can spell and no file can hold."""
-    if isinstance(value, Mapping):
-        return {name: _encodable(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_encodable(item) for item in value]
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _brief(value: Any) -> str:

@@ -40,7 +40,9 @@ class SourceTable(Table):
     """A checkpoint that comes from outside."""
 
     path: Text | None = Field(None, description="Where the file lies, relative to the recipe's folder.")
-    uri: Text | None = Field(None, description="Where it comes from: an https address, civitai:MODEL@VERSION, hf:OWNER/REPO/FILE@REVISION.")
+    uri: Text | None = Field(
+        None, description="Where it comes from: an https address, civitai:MODEL@VERSION, hf:OWNER/REPO/FILE@REVISION, recipe:OTHER.toml#STEP."
+    )
     filename: Text | None = Field(None, description="The name to look for in the folders given by --models.")
     size: int | None = Field(None, ge=0, description="Its size in bytes.")
     sha256: Hex64 | None = Field(None, description="The sha256 of the whole file, 64 hex digits.")

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from sdmerge_build.sources.offers import Offer
     from sdmerge_build.sources.remote import Hubs, Order
 
-__all__ = ["CLAIMS", "Facts", "Reach", "Supply", "refuse_full_disk"]
+__all__ = ["CLAIMS", "MAX_CLAIM", "Facts", "Reach", "Supply", "refuse_full_disk"]
 
 CLAIMS = ("sd_merge_models", "sd_merge_recipe")
 """What lineages read of a source's header."""
 
 _MOST_NOTES = 20  # of what a lock says otherwise
-_LONGEST = 1 << 20  # characters; lineages pass over longer claims
+MAX_CLAIM = 1 << 20  # characters of lineage that a header may hold, a parent's or ours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Facts:
     def of(cls, found: Found) -> Facts:
         """Take the facts of a file."""
         said = ((name, found.header.metadata.get(name)) for name in CLAIMS)
-        claims = {name: text for name, text in said if text is not None and len(text) <= _LONGEST}
+        claims = {name: text for name, text in said if text is not None and len(text) <= MAX_CLAIM}
         digests = found.digests
         kind = "" if found.kind == "safetensors" else found.kind
         made = found.path.name.partition(".")[0] if kind in {"shards", "diffusers"} else ""

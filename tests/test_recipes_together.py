@@ -306,16 +306,27 @@ def test_a_folder_is_no_recipe(space: Space):
 
 
 @pytest.mark.parametrize(
-    "pin", ['path = "x"', 'filename = "x"', "size = 0", f'sha256 = "{"0" * 64}"', f'blake3 = "{"0" * 64}"'], ids=lambda pin: pin.split()[0]
+    "pin",
+    [
+        'path = "x"',
+        'filename = "x"',
+        "size = 0",
+        f'sha256 = "{"0" * 64}"',
+        f'blake3 = "{"0" * 64}"',
+        'license = "x"',
+        'credit = "x"',
+        'homepage = "x"',
+    ],
+    ids=lambda pin: pin.split()[0],
 )
-def test_pins_beside_an_address_mean_nothing(space: Space, pin: str):
+def test_nothing_is_said_beside_the_address_of_a_step(space: Space, pin: str):
     """
-    A file that is yet to be made has no place, size or digest.
+    A file that is yet to be made has no place, size or digest, and its terms are said where it is made; nothing is passed over in silence.
     """
     [issue] = issues_of(space, recipe=alias("base.toml#mix", more=pin), base=BASE)
     field = pin.split(maxsplit=1)[0]
     assert f"{space.path / 'recipe.toml'}:5" == issue.where
-    assert f"source `other` has `{field}`, but it is what the other recipe makes; pins have no meaning" == issue.what
+    assert f"source `other` has `{field}`, but it is what the other recipe makes, which says that itself" == issue.what
 
 
 def test_recipes_together_are_of_one_architecture(space: Space):

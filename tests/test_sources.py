@@ -99,7 +99,7 @@ def test_a_name_with_other_content_is_not_taken(owned):
     with pytest.raises(SourceError) as caught:
         owned.build(models=(owned.path / "models",))
 
-    assert f"its sha256 is {owned.facts['sha256']}, not {'ab' * 32} as the recipe says" in str(caught.value)
+    assert f"its sha256 is {owned.facts['sha256']}, not {'ab' * 32} as pinned" in str(caught.value)
     assert caught.value.exit_code == 5
 
 
@@ -109,7 +109,7 @@ def test_a_path_with_other_content_is_an_integrity_error(owned):
     with pytest.raises(IntegrityError) as caught:
         owned.build()
 
-    assert f"its size is {owned.facts['size']}, not 3 as the recipe says" in str(caught.value)
+    assert f"its size is {owned.facts['size']}, not 3 as pinned" in str(caught.value)
     assert f"its sha256 is {owned.facts['sha256']}, not {'cd' * 32}" in str(caught.value)
 
 

@@ -55,7 +55,8 @@ class WrongFileError(WebError):
 def download(web: Web, url: str, part: Part, expected: Expected, advanced: Callable[[int], None]) -> Arrived:
     """Download a file into `part`, going on with what is there. `advanced` hears of bytes, negative ones when some must be fetched again.
 
-    Raises `WebError`, and `WrongFileError` when all of it came in one go and is not what was expected. The file is on disk when it returns.
+    Raises `WebError`, and `WrongFileError` when all of it came in one go and is not what was expected. When it returns, the file is on
+    disk, or, where `boot_id` names the time since the system's start, will be there for as long as that lasts.
     """
     arrived, is_pieced = _attempt(web, url, part, expected, advanced)
     mistakes = _mistakes(expected, arrived)

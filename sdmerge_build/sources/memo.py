@@ -45,9 +45,11 @@ class Memo:
     def remember(self, path: Path, digests: Digests, snapshot: Snapshot, boot: str = "") -> None:
         """Remember what a file holds; whole-file digests learned earlier of the same bytes are kept.
 
-        A file that is not known to be on disk is vouched for until the system stops: `boot` names that time.
+        A file that is not known to be on disk is vouched for until the system stops: `boot` names that time. Reading it again does not put it there.
         """
         earlier = self.recall(path)
+        if earlier and not boot:
+            boot = self._entries[str(path.resolve())].get("boot", "")
         if earlier and earlier.tensors == digests.tensors:
             digests = dataclasses.replace(digests, sha256=digests.sha256 or earlier.sha256, blake3=digests.blake3 or earlier.blake3)
         entry = {"snapshot": dataclasses.asdict(snapshot), "digests": dataclasses.asdict(digests)} | ({"boot": boot} if boot else {})

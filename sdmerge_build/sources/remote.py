@@ -192,9 +192,8 @@ class Hubs:
             except WebError as error:
                 raise self._failure(order, error) from None
             path = stock.keep(part.path, arrived.blake3, _suffix(part.path, arrived))
-        if arrived.tensors:
-            digests = Digests(tensors=arrived.tensors, sha256=arrived.sha256, blake3=arrived.blake3)
-            memo.remember(path, digests, Snapshot.of(path), boot_id())
+        digests = Digests(tensors=arrived.tensors or "", sha256=arrived.sha256, blake3=arrived.blake3)
+        memo.remember(path, digests, Snapshot.of(path), boot_id())
         return path
 
     def _wrong(self, order: Order, error: WrongFileError) -> IntegrityError:

@@ -172,7 +172,7 @@ class _Seen:
             whole = self._search.learns_all or isinstance(header, Foreign)  # a pickle is known by its own digests, and converted under one of them
             sha256, blake3 = (pin or whole for pin in pinned)
             known = self.digests.get(path) or self._search.memo.recall(path, self.snapshots.get(path))
-            if known and (known.sha256 or not sha256) and (known.blake3 or not blake3):
+            if known and (known.tensors or isinstance(header, Foreign)) and (known.sha256 or not sha256) and (known.blake3 or not blake3):
                 self.digests[path] = known
             else:
                 requests.append(Request(path=path, header=None if isinstance(header, Foreign) else header, sha256=sha256, blake3=blake3))
@@ -245,7 +245,7 @@ class _Seen:
             raise header
         if isinstance(header, Foreign):
             raise IntegrityError(Issue(where=str(file), what="is a pickle; a folder's parts must be safetensors files"))
-        if known := self._search.memo.recall(file, self.snapshots[file]):
+        if (known := self._search.memo.recall(file, self.snapshots[file])) and known.tensors:
             self.digests[file] = known
             return None
         return Request(path=file, header=header)
@@ -257,7 +257,7 @@ class _Seen:
             with contextlib.suppress(OSError, IntegrityError):
                 snapshot, header = Snapshot.of(made), read_header(made)
                 own = self._search.memo.recall(made, snapshot)
-                if own is None:
+                if own is None or not own.tensors:
                     self.headers[made], self.snapshots[made] = header, snapshot
                     self._learn([Request(path=made, header=header)])
                     own = self.digests[made]
@@ -280,7 +280,7 @@ def _mismatches(source: Wanted, path: Path, seen: _Seen) -> list[str]:
         ("sha256", table.sha256 and table.sha256.lower(), digests.sha256),
         ("blake3", table.blake3 and table.blake3.lower(), digests.blake3),
     ]
-    return [f"its {name} is {actual}, not {pinned} as the recipe says" for name, pinned, actual in pins if pinned is not None and pinned != actual]
+    return [f"its {name} is {actual}, not {pinned} as pinned" for name, pinned, actual in pins if pinned is not None and pinned != actual]
 
 
 def _absence(source: Wanted, paths: Sequence[Path], seen: _Seen) -> SdbuildError:

@@ -4,7 +4,9 @@ Has never heard of recipes or the network. Files are named by content and appear
 
     cache/sources/ab/ab12….safetensors      a downloaded file, by its blake3
     cache/sources/ab/ab12….KIND.safetensors a safetensors file made of something else, by the digest of what it was made of
-    cache/downloads/KEY.HOST-PID-….part     a download on its way; whoever dies leaves it to be taken over
+                     ….KIND.tensors         the digest of the tensors it was made with
+    cache/downloads/KEY.HOST-PID-….part     a download on its way, with its validator in .json; whoever dies leaves it to be taken over
+    cache/downloads/KEY.HOST-PID-….bundle/  the files of a checkpoint that will be put together
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class Stock:
         return self.folder / digest[:2] / f"{digest}{suffix}"
 
     def keep(self, file: Path, digest: str, suffix: str) -> Path:
-        """Move a finished file, which is on disk, to its place by one rename."""
+        """Move a finished file to its place by one rename."""
         place = self.place_of(digest, suffix)
         place.parent.mkdir(parents=True, exist_ok=True)
         self.settle(file, place)

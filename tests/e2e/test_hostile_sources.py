@@ -295,3 +295,34 @@ def test_half_made_conversions_of_dead_processes_are_swept(pickled):
 
     assert states(pickled.build()) == {"mix": "built"}
     assert not left.exists()
+
+
+def test_reading_a_download_again_does_not_put_it_on_disk(space: Space, monkeypatch):
+    """What is vouched for until the system stops stays so when more is learned of it: after a restart it is hashed anew."""
+    from sdmerge_build.files import Snapshot
+    from sdmerge_build.sources import memo as module
+    from sdmerge_build.sources.hashing import Digests
+
+    path = space.checkpoint("A", {"w": torch.zeros(4)})
+    memo, snapshot = module.Memo(space.path / "digests.json"), Snapshot.of(path)
+    monkeypatch.setattr(module, "boot_id", lambda: "today")
+    memo.remember(path, Digests(tensors="ab" * 32, blake3="cd" * 32), snapshot, "today")
+    memo.remember(path, Digests(tensors="ab" * 32, sha256="ef" * 32), snapshot)
+    assert memo.recall(path) == Digests(tensors="ab" * 32, sha256="ef" * 32, blake3="cd" * 32)
+    monkeypatch.setattr(module, "boot_id", lambda: "tomorrow")
+
+    assert memo.recall(path) is None
+
+
+def test_a_memo_that_knows_no_tensors_of_a_checkpoint_is_no_knowledge(space: Space):
+    """A safetensors file of which only the whole is remembered is read for its tensors; nothing is merged under an empty digest."""
+    space.pair()
+    first = space.build().wishes[0].stored.sha256
+    memo = space.path / "cache" / "digests.json"
+    table = json.loads(memo.read_text())
+    for entry in table["files"].values():
+        entry["digests"]["tensors"] = ""
+    memo.write_text(json.dumps(table))
+    (space.path / "cache" / "artifacts").rename(space.path / "old")
+
+    assert space.build().wishes[0].stored.sha256 == first
