@@ -44,6 +44,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdmerge_build.digest import tensor_digest
+from sdmerge_build.sources import body as body_module
 from sdmerge_build.sources import web as web_module
 from sdmerge_build.sources.download import Arrived, Expected, WrongFileError, download
 from sdmerge_build.sources.stock import Part, Stock
@@ -446,7 +447,7 @@ def test_sizes_that_keep_changing_are_given_up(delivery):
 
 def test_a_trickle_is_given_up(delivery, monkeypatch):
     """A server that sends almost nothing for long is taken for dead; what it sent is kept."""
-    monkeypatch.setattr(web_module, "STALLED_SECONDS", 0.01)
+    monkeypatch.setattr(body_module, "STALLED_SECONDS", 0.01)
     with pytest.raises(WebError, match="has all but stopped sending"):
         delivery.fetch(*[slow(50, 60)] * 50)
 

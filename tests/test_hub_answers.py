@@ -136,7 +136,7 @@ def test_of_several_files_nobody_guesses(hubs, web):
     assert (first.sha256, second.sha256) == (SHA256, hashlib.sha256(OTHER).hexdigest())
     for offer, data in ((first, DATA), (second, OTHER)):
         with web.stream(hubs.url + offer.address.removeprefix("https://civitai.com")) as body:
-            assert b"".join(body.chunks) == data
+            assert b"".join(body.pieces()) == data
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def secure(hubs: Hubs, monkeypatch: pytest.MonkeyPatch, web: Web) -> Web:
 def get(web: Web, url: str) -> bytes:
     """Ask for a file once."""
     with web.stream(url) as body:
-        return b"".join(body.chunks)
+        return b"".join(body.pieces())
 
 
 def sent_keys(hubs: Hubs, host: str) -> set[str | None]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from sdmerge_build.files import boot_id
+from sdmerge_build.sources.body import Body
 from sdmerge_build.sources.hashing import FileDigest
 from sdmerge_build.sources.sink import CHUNK, Sink
 from sdmerge_build.sources.stock import Part
 from sdmerge_build.sources.trust import PastEnd, Unsteady, WebError
-from sdmerge_build.sources.web import DELAYS, Body, Web
+from sdmerge_build.sources.web import DELAYS, Web
 
 __all__ = ["Arrived", "Expected", "WrongFileError", "download"]
 
@@ -176,17 +177,17 @@ class _Attempt:
             room = None if self._size is None else self._size - self._sink.position
             told = self._sink.position
             try:
-                for chunk in body.chunks:
-                    if room is not None and len(chunk) > room:
-                        raise Unsteady("the server sends more than the file has")
-                    self._sink.put(chunk)
+                while room != 0 and (count := self._sink.receive(body.fill, room)):
                     if room is not None:
-                        room -= len(chunk)
+                        room -= count
                     if self._sink.position - told >= CHUNK:
                         self._advanced(self._sink.position - told)
                         told = self._sink.position
             finally:
                 self._advanced(self._sink.position - told)
+            if room == 0 and body.fill(memoryview(bytearray(1))):
+                self._begin_anew()
+                raise Unsteady("the server sends more than the file has")
             if body.total is None and self._size is None and self._sink.position:
                 self._size = self._sink.position  # nobody said how long it is; the end was a proper one
             elif not self._is_complete():

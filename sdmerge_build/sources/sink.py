@@ -55,6 +55,16 @@ class Sink:
                 self._pass_on(is_written=is_written)
         self.position += len(data)
 
+    def receive(self, fill: Callable[[memoryview], int], most: int | None) -> int:
+        """Let `fill` put the next bytes, `most` of them, where they are needed, and return how many there were; nothing is the end."""
+        room = memoryview(self._buffer)[self._held :]
+        count = fill(room if most is None else room[:most])
+        self._held += count
+        self.position += count
+        if self._held == CHUNK:
+            self._pass_on(is_written=False)
+        return count
+
     def stop(self) -> None:
         """Let what was handed over be written, and end the threads; what went wrong is for `finish` to raise."""
         if self._held and self._failure is None:

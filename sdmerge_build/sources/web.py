@@ -11,30 +11,26 @@ import re
 import socket
 import ssl
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Self, TypeVar
 from urllib.parse import urljoin
 
-import httpcore
 import httpx
 
 from sdmerge_build import __version__
+from sdmerge_build.sources.body import READ_SECONDS, Body, Flow
 from sdmerge_build.sources.trust import GoneError, PastEnd, Trust, Unsteady, WebError, host_of, origin_of, proxy_of
 from sdmerge_build.sources.uri import without_secrets
 
-__all__ = ["Body", "Web"]
+__all__ = ["Web"]
 
 MOST_REDIRECTS = 5
 MOST_JSON = 8 << 20  # bytes of an answer that is read into memory
 DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds between tries
 LONGEST_DELAY = 120.0  # seconds, whatever a server asks for
 HEADER_SECONDS = 60.0  # for all of an answer's headers
-STALLED_SECONDS, STALLED_BYTES = 60.0, 64 << 10  # slower than this is as good as dead
-httpcore.HTTP11Connection.READ_NUM_BYTES = 256 << 10  # four times httpcore's own; measured: a quarter less of the receiving thread's time
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 _MOVED = {301, 302, 303, 307, 308}
 _DENIED = {401, 403}
@@ -45,17 +41,6 @@ _MISSING = {  # Hugging Face's words for it
 }
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Body:
-    """A file, or the rest of one, on its way: its first byte's position, and what the server says of the whole."""
-
-    start: int
-    total: int | None  # bytes of the whole file
-    etag: str  # a strong validator, or nothing
-    is_bounded: bool  # a lost connection does not look like the end
-    chunks: Iterator[bytes]
 
 
 class Web:
@@ -78,7 +63,7 @@ class Web:
 
         def ask() -> bytes:
             with self.stream(url) as body:
-                return b"".join(_limited(body.chunks))
+                return b"".join(_limited(body.pieces()))
 
         return self.patiently(ask)
 
@@ -101,7 +86,7 @@ class Web:
                 if body.start > start:
                     raise Unsteady(f"{host_of(url)} sends another part than was asked for")
                 have = bytearray()
-                for chunk in body.chunks:
+                for chunk in body.pieces():
                     have += chunk
                     if len(have) >= start - body.start + length:
                         break
@@ -177,7 +162,7 @@ class Web:
                     trust_env=False,
                     headers=headers,
                     cookies=no_cookies,
-                    timeout=httpx.Timeout(15.0, read=30.0, pool=None),
+                    timeout=httpx.Timeout(15.0, read=READ_SECONDS, pool=None),
                     limits=httpx.Limits(max_keepalive_connections=0),  # a connection of its own for each request, so that each has its deadline
                     event_hooks={"response": [_hide_redirect]},
                 )
@@ -251,27 +236,18 @@ class Web:
         is_packed, etag = bool(packing), headers.get("etag", "")
         if is_packed and start:
             raise PastEnd(f"{host_of(str(response.url))} sends a part of a packed file")
-        is_chunked = headers.get("transfer-encoding", "").strip().lower().endswith("chunked")
+        coding = headers.get("transfer-encoding", "").strip().lower()
+        is_direct = length and not (is_packed or coding or proxy_of(str(response.url)).startswith("https"))  # there, TLS lies within TLS
+        connection = response.extensions["network_stream"].get_extra_info("socket") if is_direct else None
         return Body(
             start=start,
             total=None if is_packed else total,
             etag=etag if re.fullmatch('"[!#-~]*"', etag) and not is_packed else "",
-            is_bounded=(length is not None or is_chunked) and (response.status_code != 206 or total is not None),
-            chunks=self._steady(response.iter_bytes() if is_packed else response.iter_raw()),
+            is_bounded=(length is not None or coding.endswith("chunked")) and (response.status_code != 206 or total is not None),
+            fill=Flow(
+                response.iter_bytes() if is_packed else response.iter_raw(), connection, length or 0, self.stopping, host_of(str(response.url))
+            ),
         )
-
-    def _steady(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        """Pass chunks on; give up on a server that has all but stopped sending, and when everything is being stopped."""
-        began, have = time.monotonic(), 0
-        for chunk in chunks:
-            if self.stopping.is_set():
-                raise WebError("stopped")
-            yield chunk
-            have += len(chunk)
-            if have >= STALLED_BYTES:
-                began, have = time.monotonic(), 0
-            elif time.monotonic() - began > STALLED_SECONDS:
-                raise Unsteady("the server has all but stopped sending")
 
 
 def _hide_redirect(response: httpx.Response) -> None:
