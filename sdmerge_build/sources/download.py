@@ -163,7 +163,8 @@ class _Attempt:
         self._sink = Sink(self._file, self._digest())
 
     def _empty(self) -> None:
-        self._file.truncate(0)
+        if self._file.seek(0, 2):  # ext4 writes a file that was truncated to the disk when it is closed; one that was empty need not wait for that
+            self._file.truncate(0)
         self._file.seek(0)  # truncating leaves the position, and the next bytes would come after a hole
         self._etag, self._size = "", self._expected.size
 

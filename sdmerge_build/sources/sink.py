@@ -15,7 +15,7 @@ from sdmerge_build.sources.hashing import FileDigest
 __all__ = ["CHUNK", "Sink"]
 
 CHUNK = 1 << 20  # bytes written and hashed at once
-BUFFERS = 8
+BUFFERS = 16
 
 
 class _Piece:

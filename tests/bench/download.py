@@ -38,14 +38,16 @@ uri = "civitai:7813@25845"
 method = "copy"
 a = "A"
 """
+SHA256 = "import sys, hashlib; assert hashlib.file_digest(open(sys.argv[1], 'rb'), 'sha256').hexdigest() == sys.argv[2]"
 VERIFY = "import sys; from blake3 import blake3; h = blake3(max_threads=blake3.AUTO); h.update_mmap(sys.argv[1]); assert h.hexdigest() == sys.argv[2]"
 FETCH = "import shutil, sys, urllib.request; shutil.copyfileobj(urllib.request.urlopen(sys.argv[1]), open(sys.argv[2], 'wb'), 1 << 20)"
 
 
-def programs(folder: Path, url: str, digest: str) -> list[Program]:
-    """List what is measured: both ways to have the file, each verified by blake3, and ours by sha256 as well."""
+def programs(folder: Path, url: str, digests: dict[str, str]) -> list[Program]:
+    """List what is measured: both ways to have the file, verified by blake3 and by sha256."""
     fetch = f"curl -s -L -o file.st '{url}'" if shutil.which("curl") else f"{sys.executable} -c \"{FETCH}\" '{url}' file.st"
-    verify = f"{sys.executable} -c '{VERIFY}' file.st {digest}"
+    verify = f"{sys.executable} -c '{VERIFY}' file.st {digests['blake3']}"
+    verify_sha256 = f'{sys.executable} -c "{SHA256}" file.st {digests["sha256"]}'
 
     def clear() -> None:
         shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -53,11 +55,12 @@ def programs(folder: Path, url: str, digest: str) -> list[Program]:
 
     def check() -> None:
         [stored] = (folder / "cache" / "sources").glob("*/*.safetensors")
-        assert stored.stem == digest
+        assert stored.stem == digests["blake3"]
 
     sdbuild = [sys.executable, "-m", "sdmerge_build", "fetch", "--allow-private", "--quiet"]
     return [
         Program("equal work: curl -o, blake3", ["sh", "-c", f"{fetch} && {verify}"], clear),
+        Program("curl -o, sha256", ["sh", "-c", f"{fetch} && {verify_sha256}"], clear),
         Program("sdbuild fetch, pinned by blake3", [*sdbuild, "blake3.toml"], clear, check),
         Program("sdbuild fetch, pinned by sha256", [*sdbuild, "sha256.toml"], clear, check),
     ]
@@ -108,7 +111,7 @@ def main() -> None:
         hashes = {name.upper(): digest.upper() for name, digest in digests.items()}
         hubs.civitai(7813, 25845, HubFile(id=1, name="A.safetensors", data=file, hashes=hashes))
         os.environ |= hubs.env
-        runs = programs(folder, f"{hubs.url}/api/download/models/25845", digests["blake3"])
+        runs = programs(folder, f"{hubs.url}/api/download/models/25845", digests)
         results: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for n in range(options.rounds + 1):
             for program in runs[n % len(runs) :] + runs[: n % len(runs)]:
