@@ -23,7 +23,8 @@ from sdmerge_build.files import Snapshot, as_space_error
 from sdmerge_build.lineage import shares_of
 from sdmerge_build.manifest import is_current, manifest_of, manifest_path, write_manifest
 from sdmerge_build.passes import Leaf, Output, Pass, plan_passes
-from sdmerge_build.prepare import Options, Prepared, Wish, gather, prepare
+from sdmerge_build.prepare import Options, Prepared, Wish, gather, prepare, release_folder
+from sdmerge_build.release import sign, write_release
 from sdmerge_build.supply import refuse_full_disk
 from sdmerge_build.tensorfile import Layout, lay_out, read_header
 from sdmerge_build.writer import Written
@@ -243,9 +244,18 @@ class _Run:
             assert wish.stored, "BUG: a finished artifact is in the store"
             published += bool(store.publish(wish.stored, wish.target))
             path = manifest_path(wish.target)
-            facts, described = self._prepared.supply.facts, self._prepared.described
-            if not is_current(path, plan, wish.stored, facts):
-                write_manifest(path, manifest_of(plan, wish.step, wish.stored, described, facts, self._options.rehearse))
+            facts, described, terms = self._prepared.supply.facts, self._prepared.described, wish.terms
+            assert terms, "BUG: a finished artifact was looked up"
+            is_old = not is_current(path, plan, wish.stored, facts, terms)
+            if is_old or self._options.release:
+                manifest = manifest_of(plan, wish.step, wish.stored, described, facts, terms, self._options.rehearse)
+            if is_old:
+                write_manifest(path, manifest)
+            if self._options.release:
+                wish.released = release_folder(self._options, wish)
+                write_release(wish.released, wish.target, path, manifest, plan.recipe.path.parent)
+            if self._options.sign and wish.released:
+                sign(wish.released, self._options.key)
         return published
 
     def report(self, published: int, seconds: float) -> Report:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Live", "Plain", "issues_as_json", "print_issues", "print_json", "report_as_json", "report_as_text", "watcher_for"]
 
+_MOST_NAMED = 4  # artifacts of which the texts say the same
 _PLANNED = {State.WANTED: "build", State.EMITTED: "re-emit", State.REUSED: "reuse"}
 _DONE = {State.REUSED: "up to date", State.EMITTED: "re-emitted", State.BUILT: "built", State.FAILED: "failed", State.BLOCKED: "blocked"}
 
@@ -118,7 +119,20 @@ def report_as_text(report: Report, *, is_plan: bool, explains: bool) -> Iterator
         yield line.rstrip()
         if explains or is_plan:
             yield from (f"    {reason}" for reason in wish.reasons or ["unchanged since it was built"])
+    yield from (f"released  {wish.step.name}: {wish.released}" for wish in report.wishes if wish.released)
+    yield from _terms(report)
     yield _summary(report, is_plan=is_plan)
+
+
+def _terms(report: Report) -> Iterator[str]:
+    """Yield what the texts say of the artifacts, once for all of which they say the same."""
+    said: dict[str, list[str]] = {}
+    for wish in report.wishes:
+        if wish.terms:
+            said.setdefault(str(wish.terms.table()["summary"]), []).append(wish.step.name)
+    for summary, names in said.items():
+        whose = "" if len(said) == 1 else f" ({', '.join(names[:_MOST_NAMED])}{' …' if len(names) > _MOST_NAMED else ''})"
+        yield f"terms{whose}: {summary}; see `sdbuild license {report.recipe}`"
 
 
 def _summary(report: Report, *, is_plan: bool) -> str:
@@ -170,6 +184,10 @@ def _wish_as_json(wish: Wish, state: str, *, is_plan: bool) -> dict[str, Any]:
             "model_hash": wish.stored.sha256[:10],
             "tensor_digest": wish.stored.tensor_digest,
         }
+    if wish.terms:
+        facts["terms"] = wish.terms.table()
+    if wish.released:
+        facts["release"] = str(wish.released)
     return facts | ({"errors": issues_as_json(wish.error.issues)} if wish.error else {})
 
 

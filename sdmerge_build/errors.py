@@ -4,6 +4,7 @@ Has never heard of recipes, tensors or terminals; only the command line prints w
 
     SdbuildError            1  a step failed
     ├── RecipeError         2  the recipe or the command line is wrong
+    ├── LicenceError        3  the terms of what an artifact is made of forbid its release
     ├── IntegrityError      4  bytes are not what they claim to be
     ├── SourceError         5  a source is nowhere to be found
     └── SpaceError          7  the disk is too full
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 __all__ = [
     "IntegrityError",
     "Issue",
+    "LicenceError",
     "RecipeError",
     "SdbuildError",
     "SourceError",
@@ -65,6 +67,12 @@ class RecipeError(SdbuildError):
     """The recipe or the command line is wrong."""
 
     exit_code = 2
+
+
+class LicenceError(SdbuildError):
+    """What an artifact is made of comes under terms that forbid to release it as the recipe says."""
+
+    exit_code = 3
 
 
 class IntegrityError(SdbuildError):

@@ -1,4 +1,4 @@
-"""Owns what an artifact says of its origin: the metadata of its header, the shares of its sources, the ancestors its parents claim.
+"""Owns what an artifact says of its origin: the metadata of its header, the shares of its sources.
 
 Has never heard of the store or the clock; the same plan and sources always yield the same text.
 Formats: ModelSpec 1.0.1 (Stability AI), `sd_merge_recipe` and `sd_merge_models` (AUTOMATIC1111 `modules/extras.py`).
@@ -12,17 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdmerge_build.ancestry import declared_license, inherited, said_terms
 from sdmerge_build.blend import Blend
 from sdmerge_build.check import Checked
+from sdmerge_build.claims import MAX_CLAIM, webui_models
 from sdmerge_build.digest import blake3_hex
+from sdmerge_build.facts import Facts
 from sdmerge_build.formula import relabelled
 from sdmerge_build.keys import Description
+from sdmerge_build.licences import Conclusion
 from sdmerge_build.plan import Plan, Step
-from sdmerge_build.supply import MAX_CLAIM, Facts
 
-__all__ = ["Share", "claimed_ancestors", "metadata_of", "readable_formula", "shares_of"]
-
-MAX_CLAIMS = 1000
+__all__ = ["Share", "metadata_of", "readable_formula", "shares_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,51 +35,41 @@ class Share:
     most: float
 
 
-def metadata_of(plan: Plan, step: Step, described: Mapping[str, Description], facts: Mapping[str, Facts], rehearsal: str) -> dict[str, str]:
-    """Compose the header metadata of an artifact: no clock, no path, nothing that another machine would write differently."""
+def metadata_of(
+    plan: Plan, step: Step, described: Mapping[str, Description], facts: Mapping[str, Facts], terms: Conclusion, rehearsal: str
+) -> dict[str, str]:
+    """Compose the header metadata of an artifact: no clock, no path, nothing that another machine would write differently.
+
+    How much of the ancestry is embedded is for the recipe's `[release]` to say; without one, all of it.
+    """
+    release = plan.recipe.table.release
+    extent = release.lineage if release else "full"
     sources = [name for name in plan.ancestors(step.name) if name in plan.sources]
-    lineage = _canonical(_lineage(plan, step, described, facts))
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": step.title,
-        "modelspec.merged_from": ", ".join(sources),
         "sdbuild.key": described[step.name].key,
-        "sdbuild.lineage": lineage if len(lineage) <= MAX_CLAIM else _canonical({"lineage": 1, "omitted": blake3_hex(lineage.encode())}),
+        "sdbuild.lineage": _embedded(_lineage(plan, step, described, facts, terms), extent),
     }
+    if extent != "none":
+        metadata["modelspec.merged_from"] = ", ".join(sources)
     if plan.architecture.modelspec:
         metadata |= {
             "modelspec.architecture": plan.architecture.modelspec,
             "modelspec.implementation": "sgm",
             "modelspec.resolution": plan.architecture.resolution,
         }
-    metadata |= {f"modelspec.{field}": text for field, text in step.about.items()}
+    said = {"author": release.author or "" if release else "", "license": declared_license(plan, step) or _concluded_license(terms)}
+    metadata |= {f"modelspec.{field}": text for field, text in (said | dict(step.about)).items() if text}
     if rehearsal:
         return metadata | {"sdbuild.rehearsal": rehearsal}
+    if extent != "full":
+        return metadata
     return metadata | {
         "sd_merge_recipe": _canonical(_webui_recipe(plan, step)),
         "sd_merge_models": _canonical(_webui_models(plan, sources, facts)),
     }
-
-
-def claimed_ancestors(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Read the ancestors a file's own metadata names, by sha256; what is not of AUTOMATIC1111's form is passed over.
-
-    Nobody has verified these: they are the word of whoever made the file.
-    """
-    text = metadata.get("sd_merge_models", "")
-    try:
-        table = json.loads(text) if len(text) <= MAX_CLAIM else {}
-    except (ValueError, RecursionError):
-        table = {}
-    if not isinstance(table, dict):
-        return {}
-    claims = {
-        sha256.lower(): {"name": _encodable(entry["name"]), "legacy_hash": entry.get("legacy_hash"), "sd_merge_recipe": entry.get("sd_merge_recipe")}
-        for sha256, entry in sorted(table.items())
-        if _is_sha256(sha256) and isinstance(entry, dict) and isinstance(entry.get("name"), str)
-    }
-    return dict(list(claims.items())[:MAX_CLAIMS])
 
 
 def shares_of(plan: Plan, step: Step, checked: Checked) -> dict[str, Share] | None:
@@ -131,18 +122,40 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _lineage(plan: Plan, step: Step, described: Mapping[str, Description], facts: Mapping[str, Facts]) -> dict[str, Any]:
-    """Describe the whole ancestry, sources first."""
+def _concluded_license(terms: Conclusion) -> str:
+    """Name the licence that an artifact comes under, where the texts allow a conclusion that it can be shared on."""
+    return terms.license_title if terms.share != "no" else ""
+
+
+def _embedded(lineage: Mapping[str, Any], extent: str) -> str:
+    """Write as much of a lineage as is to be known from the file: all, the parents' terms, or no more than that there is one."""
+    whole = _canonical(lineage)
+    if extent == "licences":
+        terms = ("name", "status", "license", "permissions", "evidence", "credit", "homepage")
+        sources = [{key: source[key] for key in terms if key in source} for source in lineage["sources"]]
+        lineage = {"lineage": 1, "sources": sources, "terms": lineage["terms"]}
+    elif extent == "none":
+        lineage = {"lineage": 1, "omitted": blake3_hex(whole.encode())}
+    text = _canonical(lineage)
+    return text if len(text) <= MAX_CLAIM else _canonical({"lineage": 1, "omitted": blake3_hex(whole.encode())})
+
+
+def _lineage(plan: Plan, step: Step, described: Mapping[str, Description], facts: Mapping[str, Facts], terms: Conclusion) -> dict[str, Any]:
+    """Describe the whole ancestry, sources first, and how far the terms of each are known."""
+    status = {ancestor.name: ancestor.terms.status for ancestor in terms.ancestors if not ancestor.claimed_by}
     names = plan.ancestors(step.name)
     sources = [
         {"name": name, "tensors": described[name].key}
         | _conversion(facts[name])
-        | plan.sources[name].model_dump(include={"sha256", "blake3", "uri", "license", "credit", "homepage", "permissions"}, exclude_none=True)
+        | plan.sources[name].model_dump(include={"sha256", "blake3", "uri"}, exclude_none=True)
+        | {"status": status[name]}
+        | said_terms(plan.sources[name], facts[name])
         for name in names
         if name in plan.sources
     ]
+    sources += [row for name in names if name in plan.sources for row in inherited(name, facts[name])]
     steps = [{"name": name, "facts": dict(described[name].facts), "inputs": dict(described[name].inputs)} for name in names if name in plan.steps]
-    return {"lineage": 1, "sources": sources, "steps": steps}
+    return {"lineage": 1, "sources": sources, "steps": steps, "terms": {"license": terms.license, "share": terms.share}}
 
 
 def _conversion(facts: Facts) -> dict[str, Any]:
@@ -176,13 +189,9 @@ def _webui_models(plan: Plan, sources: list[str], facts: Mapping[str, Facts]) ->
     """List the pinned parents by sha256, after the ancestors they claim in their own metadata."""
     models: dict[str, Any] = {}
     for name in sources:
-        models |= claimed_ancestors(facts[name].claims)
+        models |= webui_models(facts[name].claims)
     for name in sources:
         if sha256 := plan.sources[name].sha256:
             recipe = facts[name].claims.get("sd_merge_recipe")
             models[sha256.lower()] = {"name": name, "legacy_hash": None, "sd_merge_recipe": recipe if recipe and len(recipe) <= MAX_CLAIM else None}
     return models
-
-
-def _is_sha256(text: str) -> bool:
-    return len(text) == 64 and all(c in "0123456789abcdefABCDEF" for c in text)

@@ -11,20 +11,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdmerge_build.ancestry import licence_files, said_terms
+from sdmerge_build.claims import Claimed, read_claims
 from sdmerge_build.errors import printable
+from sdmerge_build.facts import Facts
 from sdmerge_build.files import read_regular, replacing
 from sdmerge_build.keys import Description
-from sdmerge_build.lineage import claimed_ancestors, readable_formula
+from sdmerge_build.licences import Conclusion
+from sdmerge_build.lineage import readable_formula
 from sdmerge_build.plan import Plan, Step
 from sdmerge_build.store import Stored
-from sdmerge_build.supply import Facts
 from sdmerge_build.tensorfile import read_header
 from sdmerge_build.tomltext import too_deep
 
-__all__ = ["described_in", "is_current", "manifest_of", "manifest_path", "write_manifest"]
+__all__ = ["described_in", "is_current", "manifest_of", "manifest_path", "terms_in", "write_manifest"]
 
 VERSION = 1
 _DECLARED = ("uri", "homepage", "filename", "license", "credit", "permissions")
+_RELEASE = ("title", "version", "author", "license", "lineage")
 
 
 def manifest_path(artifact: Path) -> Path:
@@ -33,7 +37,13 @@ def manifest_path(artifact: Path) -> Path:
 
 
 def manifest_of(
-    plan: Plan, step: Step, stored: Stored, described: Mapping[str, Description], facts: Mapping[str, Facts], rehearsal: str
+    plan: Plan,
+    step: Step,
+    stored: Stored,
+    described: Mapping[str, Description],
+    facts: Mapping[str, Facts],
+    terms: Conclusion,
+    rehearsal: str,
 ) -> dict[str, Any]:
     """Compose a manifest, sources and steps in an order in which each comes after what it stands on."""
     names = plan.ancestors(step.name)
@@ -42,7 +52,7 @@ def manifest_of(
     claimed: list[dict[str, Any]] = []
     for name, share in zip(used, _shares(stored, len(used)), strict=True):
         sources.append({"name": name} | share | _source(plan, name, facts[name]))
-        claimed += [{"by": name, "sha256": sha256, "name": entry["name"]} for sha256, entry in claimed_ancestors(facts[name].claims).items()]
+        claimed += [_claimed(name, entry) for entry in read_claims(facts[name].claims).ancestors]
     manifest: dict[str, Any] = {
         "manifest": VERSION,
         "artifact": _artifact(plan, step, stored) | ({"rehearsal": rehearsal} if rehearsal else {}),
@@ -50,7 +60,7 @@ def manifest_of(
         "source": sources,
         "step": [_step(plan.steps[n], described[n]) for n in names if n in plan.steps],
     }
-    return manifest | ({"claimed": claimed} if claimed else {})
+    return manifest | ({"claimed": claimed} if claimed else {}) | _release(plan) | {"terms": _terms(plan, terms)}
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -62,7 +72,7 @@ def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         tomli_w.dump(dict(manifest), file)
 
 
-def is_current(path: Path, plan: Plan, stored: Stored, facts: Mapping[str, Facts]) -> bool:
+def is_current(path: Path, plan: Plan, stored: Stored, facts: Mapping[str, Facts], terms: Conclusion) -> bool:
     """Tell whether a manifest is there and speaks of this artifact, these recipes and these files."""
     table = _read(path)
     try:
@@ -72,6 +82,7 @@ def is_current(path: Path, plan: Plan, stored: Stored, facts: Mapping[str, Facts
             and (reproduce["recipe"], reproduce["recipe_digest"]) == (printable(plan.recipe.path.name), plan.recipe.digest)
             and reproduce.get("recipes", {}) == _other_digests(plan)
             and all(source["size"] == facts[source["name"]].size for source in sources)
+            and table["terms"] == _terms(plan, terms)
         )
     except (KeyError, TypeError):
         return False
@@ -91,6 +102,35 @@ def described_in(path: Path) -> dict[str, Description]:
     except (KeyError, TypeError):
         return {}
     return described
+
+
+def terms_in(artifact: Path, key: str) -> dict[str, Any] | None:
+    """Read the terms that the manifest beside an artifact says, if it speaks of this file, whose header has this key."""
+    table = _read(manifest_path(artifact))
+    try:
+        is_its = bool(key) and table["step"][-1]["key"] == key and table["artifact"]["size"] == artifact.stat().st_size
+        return table["terms"] if is_its and _is_terms(table["terms"]) else None
+    except (KeyError, TypeError, IndexError, OSError):
+        return None
+
+
+def _is_terms(terms: Any) -> bool:
+    """Tell whether terms, which anybody may have edited, have the form in which they are printed."""
+    texts = ("summary", "share", "advice")
+    lists = {
+        "ancestor": ("name", "status"),
+        "reason": ("component", "ancestor", "license", "clause"),
+        "conflict": ("id", "level", "what"),
+        "duty": ("what",),
+    }
+    return (
+        all(isinstance(terms[name], str) for name in texts)
+        and isinstance(terms.get("concluded", {}), dict)
+        and all(isinstance(entry[field], str) for name, needed in lists.items() for entry in terms.get(name, []) for field in needed)
+        and all(
+            isinstance(layer[field], str) for entry in terms.get("ancestor", []) for layer in entry.get("layer", []) for field in ("title", "source")
+        )
+    )
 
 
 def _text(value: Any) -> str:
@@ -152,6 +192,28 @@ def _reproduce(plan: Plan, step: Step, stored: Stored, rehearsal: str) -> dict[s
     }
 
 
+def _terms(plan: Plan, terms: Conclusion) -> dict[str, Any]:
+    """Write down what the texts say, with the texts that the recipe itself holds."""
+    table, files = terms.table(), licence_files(plan)
+    for ancestor in table["ancestor"]:
+        if (file := files.get(ancestor["name"])) and ancestor.get("layer"):
+            ancestor["layer"][0] |= {"license_file": file.place, "license_sha256": file.sha256}
+    return table
+
+
+def _claimed(by: str, claimed: Claimed) -> dict[str, Any]:
+    """Write down an ancestor that a parent's header names; nobody has verified it."""
+    said = {name: getattr(claimed, name) for name in ("sha256", "short_hash", "license", "credit", "homepage", "uri", "recipe", "said_in")}
+    return {"by": by, "name": claimed.name} | {name: text for name, text in said.items() if text}
+
+
+def _release(plan: Plan) -> dict[str, Any]:
+    """Say what the recipe says of a release, where it does."""
+    release = plan.recipe.table.release
+    said = {key: value for key in _RELEASE if (value := getattr(release, key, None)) is not None}
+    return {"release": said} if release else {}
+
+
 def _other_digests(plan: Plan) -> dict[str, str]:
     """List the digests of the recipes that were read beside the root, by their place seen from its folder."""
     return {name: recipe.digest for name, recipe in plan.others.items()}
@@ -165,6 +227,7 @@ def _source(plan: Plan, name: str, facts: Facts) -> dict[str, Any]:
         "converted_from": facts.kind or None,
     }
     told = {"size": facts.size, "tensor_digest": facts.tensors} | digests | {key: getattr(said, key) for key in _DECLARED}
+    told |= {key: value for key, value in said_terms(said, facts).items() if key not in told or told[key] is None}
     return {key: value for key, value in told.items() if value is not None}
 
 

@@ -9,21 +9,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sdmerge_build.ancestry import concluded, licence_files, refuse_release
 from sdmerge_build.check import check
 from sdmerge_build.emit import can_reemit
 from sdmerge_build.errors import Issue, RecipeError, SdbuildError, joined
 from sdmerge_build.events import State, Watcher
 from sdmerge_build.keys import Description, artifact_key, describe_all, differences
+from sdmerge_build.licences import Conclusion
 from sdmerge_build.lineage import metadata_of
 from sdmerge_build.lock import Lock, lock_path, read_lock
 from sdmerge_build.manifest import described_in, manifest_path
 from sdmerge_build.plan import Plan, Step, plan_file
 from sdmerge_build.rehearse import stand_ins
+from sdmerge_build.release import refuse_foreign, refuse_unsigned
 from sdmerge_build.store import Store, Stored
 from sdmerge_build.supply import Reach, Supply, refuse_full_disk
 from sdmerge_build.tensorfile import read_header
 
-__all__ = ["Options", "Prepared", "Wish", "gather", "prepare"]
+__all__ = ["Options", "Prepared", "Wish", "gather", "prepare", "release_folder"]
 
 
 _DERIVED = ("sdbuild.lineage", "sd_merge_recipe", "sd_merge_models")
@@ -39,6 +42,13 @@ class Options:
     only: tuple[str, ...] = ()
     rehearse: str = ""  # `tiny`, `full`, or nothing
     keep_going: bool = False
+    release: bool = False
+    sign: str = ""  # a private key's path, `sigstore`, or nothing
+
+    @property
+    def key(self) -> Path | None:
+        """Return the key that releases are signed with; none where Sigstore does it."""
+        return Path(self.sign) if self.sign and self.sign != "sigstore" else None
 
     @property
     def store_root(self) -> Path:
@@ -58,10 +68,12 @@ class Wish:
     step: Step
     target: Path
     state: State = State.WANTED
+    terms: Conclusion | None = None  # what the texts say of it, once its sources are known
     metadata: dict[str, str] = field(default_factory=dict)
     tensor_key: str = ""
     artifact_key: str = ""
     stored: Stored | None = None  # the artifact itself, or, for a re-emission, one with the same tensors
+    released: Path | None = None  # the folder that is ready to be uploaded
     reasons: list[str] = field(default_factory=list)
     error: SdbuildError | None = None
 
@@ -76,6 +88,11 @@ class Prepared:
     wishes: list[Wish]
     options: Options
     described: dict[str, Description] = field(default_factory=dict)
+
+    @property
+    def is_release(self) -> bool:
+        """Tell whether what is built is to be published: terms that forbid it end the run."""
+        return self.options.release or self.plan.recipe.table.release is not None
 
     @property
     def missing(self) -> dict[str, int]:
@@ -98,12 +115,28 @@ def prepare(path: Path, options: Options, watcher: Watcher, on_read: Callable[[]
     supply = Supply(plan, store, lock, reach, watcher, on_read)
     wishes = [Wish(step=plan.steps[name], target=options.out_folder / f"{name}.safetensors") for name in plan.wanted]
     prepared = Prepared(plan=plan, store=store, supply=supply, wishes=wishes, options=options)
+    licence_files(plan)
+    if prepared.is_release:
+        refuse_release(plan, supply.glance(), is_final=False)
+    if options.sign:
+        refuse_unsigned(options.key)
+    for wish in wishes if options.release else ():
+        refuse_foreign(release_folder(options, wish))
     supply.look()
     _raise_errors(prepared)
     _look_up_all(prepared)
+    if prepared.is_release:
+        refuse_release(plan, supply.facts, is_final=False)
     gather(prepared, is_plan=is_plan)
+    if prepared.is_release:
+        refuse_release(plan, supply.facts, is_final=not supply.missing)
     _refuse_to_replace_sources(prepared)
     return prepared
+
+
+def release_folder(options: Options, wish: Wish) -> Path:
+    """Name the folder that an artifact is released in."""
+    return options.out_folder / "release" / wish.step.name
 
 
 def gather(prepared: Prepared, *, is_plan: bool) -> None:
@@ -201,7 +234,9 @@ def _look_up(wish: Wish, prepared: Prepared, rehearsal: str) -> None:
     """Find out whether an artifact, or its tensors, are in the store, and if not, why."""
     plan, store = prepared.plan, prepared.store
     name = wish.step.name
-    wish.metadata = metadata_of(plan, wish.step, prepared.described, prepared.supply.facts, rehearsal)
+    facts = prepared.supply.facts
+    wish.terms = concluded(plan, wish.step, facts)
+    wish.metadata = metadata_of(plan, wish.step, prepared.described, facts, wish.terms, rehearsal)
     wish.tensor_key = prepared.described[name].key
     wish.artifact_key = artifact_key(wish.tensor_key, wish.metadata)
     if stored := store.find(wish.tensor_key, wish.artifact_key):

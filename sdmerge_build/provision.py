@@ -13,11 +13,12 @@ from typing import Any
 from sdmerge_build.check import check
 from sdmerge_build.errors import IntegrityError, Issue, RecipeError, joined, printable
 from sdmerge_build.events import Watcher
+from sdmerge_build.facts import Facts
 from sdmerge_build.lock import Entry, Lock, lock_path, read_lock, write_lock
 from sdmerge_build.plan import Plan, plan_file
 from sdmerge_build.sources import Found
 from sdmerge_build.store import Store
-from sdmerge_build.supply import Facts, Reach, Supply, refuse_full_disk
+from sdmerge_build.supply import Reach, Supply, refuse_full_disk
 
 __all__ = ["Locked", "fetch_sources", "lock_sources"]
 

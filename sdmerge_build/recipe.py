@@ -5,6 +5,7 @@ Has never heard of methods, graphs or files; whether names mean anything is for 
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest
 from sdmerge_build.matrix import MAX_STEPS, expand_matrix
 from sdmerge_build.tomltext import Lines, read_toml
 
-__all__ = ["Defaults", "FormError", "Recipe", "RecipeTable", "SourceTable", "StepTable", "read_recipe"]
+__all__ = ["Defaults", "Evidence", "FormError", "Recipe", "RecipeTable", "Release", "SourceTable", "StepTable", "read_recipe"]
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -36,6 +37,13 @@ class Table(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+class Evidence(Table):
+    """Where a model's terms can be read, and when somebody did."""
+
+    url: Annotated[str, Field(pattern=r"^https?://", max_length=2000)] = Field(description="The page that shows the terms.")
+    date: dt.date = Field(description="The day on which it showed them, such as 2026-11-01.")
+
+
 class SourceTable(Table):
     """A checkpoint that comes from outside."""
 
@@ -50,7 +58,11 @@ class SourceTable(Table):
     license: Text | None = Field(None, description="Its licence, as its author declares it.")
     credit: Text | None = Field(None, description="Whom to credit.")
     homepage: Text | None = Field(None, description="Its page, for people.")
-    permissions: dict[str, JsonValue] | None = Field(None, description="Further permissions, as its author declares them.")
+    permissions: dict[str, JsonValue] | None = Field(
+        None, description="What its author permits beside the licence, as Civitai names it: allowNoCredit, allowCommercialUse, …"
+    )
+    evidence: Evidence | None = Field(None, description="Where licence and permissions can be read, and when they were.")
+    license_file: Text | None = Field(None, description="A file with the text of its licence, relative to the recipe's folder; copied into releases.")
 
 
 class Defaults(Table):
@@ -80,6 +92,21 @@ class StepTable(Defaults):
     title: Text | None = Field(None, description="The artifact's title; its name unless said.")
 
 
+class Release(Table):
+    """What is said of artifacts that are to be published; with it, a build refuses what the ancestors' terms forbid."""
+
+    title: Text | None = Field(None, description="The name it is published under; the artifact's title unless said.")
+    author: Text | None = Field(None, description="Who publishes it; written into the header where the step names nobody.")
+    version: Text | None = Field(None, description="The version that is published.")
+    license: Text | None = Field(None, description="The licence it is published under; refused when it is looser than what the ancestors ask for.")
+    policy: Literal["strict", "minimal"] = Field(
+        "strict", description="`minimal` drops the permissions of authors who allow other ones on merges; `strict` passes them on."
+    )
+    lineage: Literal["full", "licences", "none"] = Field(
+        "full", description="What is embedded in the file: all, only the parents' names and terms, or nothing. The manifest always has all."
+    )
+
+
 def _whole(value: Any) -> Any:
     """Keep `true` and `1.0`, which Python takes for 1, from passing for it."""
     return value if type(value) is int else repr(value)
@@ -91,6 +118,7 @@ class RecipeTable(Table):
     recipe: Annotated[Literal[1], BeforeValidator(_whole)] = Field(description="The version of the recipe format.")
     architecture: Text = Field(description="The family of every source, checked against their headers.")
     defaults: Defaults = Field(default_factory=Defaults)
+    release: Release | None = Field(None, description="What is said of artifacts that are to be published.")
     source: dict[str, SourceTable] = Field(description="The checkpoints that come from outside, by name.")
     step: dict[str, StepTable] = Field(description="What is made of them, by name.")
 
@@ -221,6 +249,8 @@ def _issue(error: Any, lines: Lines, templates: Mapping[str, str]) -> Issue:
             expected = error["ctx"]["expected"].replace("'", "`")
             hint = nearest(str(error["input"]).replace("float", "fp"), expected.replace(" or ", ", ").replace("`", "").split(", "))
             return Issue(where=where, what=f"`{field}` is {repr(error['input'])[:60]}; it must be {expected}", hint=hint)
+        case "string_pattern_mismatch" if field == "url":
+            return Issue(where=where, what=f"`url` is {repr(error['input'])[:60]}; it must begin with https://")
         case "string_pattern_mismatch":
             said = str(error["input"])
             wrong = f"has {len(said)} characters" if len(said) != 64 else f"holds {next(c for c in said if c not in '0123456789abcdefABCDEF')!r}"
@@ -238,8 +268,8 @@ def _table_shown(address: tuple[str | int, ...]) -> str:
     match address:
         case (kind, name, _, *_):
             return f"{kind} `{name}`"
-        case ("defaults", _):
-            return "`defaults`"
+        case ("defaults" | "release" as name, _):
+            return f"`{name}`"
         case ("source" | "step" as kind, _):
             return f"[{kind}]"
     return "the recipe"
@@ -254,6 +284,8 @@ _MISSING_HINTS = {
 
 
 def _fields_around(address: tuple[str | int, ...]) -> list[str]:
-    models: dict[str, type[Table]] = {"defaults": Defaults, "source": SourceTable, "step": StepTable}
+    if "evidence" in address[2:]:
+        return list(Evidence.model_fields)
+    models: dict[str, type[Table]] = {"defaults": Defaults, "release": Release, "source": SourceTable, "step": StepTable}
     model = models.get(str(address[0]), RecipeTable) if len(address) > 1 else RecipeTable
     return list(model.model_fields)

@@ -36,7 +36,7 @@ def stand_ins(architecture: Architecture, sources: Mapping[str, SourceTable], si
         path = folder / f"{_file_name(name)}-{architecture.name}-{size}-{source.size or 0}.safetensors"
         if not path.exists():
             stand_in(path, architecture, size, seed=name, file_size=source.size)
-        keep = source.model_dump(include={"license", "credit", "homepage", "permissions"})
+        keep = source.model_dump(include={"license", "credit", "homepage", "permissions", "evidence"})
         replaced[name] = SourceTable(path=str(path.resolve()), **keep)
     return replaced
 

@@ -5,13 +5,15 @@ Has never heard of methods or artifacts. Asks least first: the lock, then this m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+import contextlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, SourceError, SpaceError, UnreachableError
 from sdmerge_build.events import Watcher
+from sdmerge_build.facts import Facts, claims_in
 from sdmerge_build.files import free_space, readable_size
 from sdmerge_build.lock import Entry, Lock
 from sdmerge_build.plan import Plan
@@ -20,55 +22,15 @@ from sdmerge_build.sources import Found, Search, Wanted, find_sources
 from sdmerge_build.sources.foreign import made_place
 from sdmerge_build.sources.search import several_files
 from sdmerge_build.store import Store
-from sdmerge_build.tensorfile import Header
+from sdmerge_build.tensorfile import Header, read_header
 
 if TYPE_CHECKING:
     from sdmerge_build.sources.offers import Offer
     from sdmerge_build.sources.remote import Hubs, Order
 
-__all__ = ["CLAIMS", "MAX_CLAIM", "Facts", "Reach", "Supply", "refuse_full_disk"]
-
-CLAIMS = ("sd_merge_models", "sd_merge_recipe")
-"""What lineages read of a source's header."""
+__all__ = ["Reach", "Supply", "refuse_full_disk"]
 
 _MOST_NOTES = 20  # of what a lock says otherwise
-MAX_CLAIM = 1 << 20  # characters of lineage that a header may hold, a parent's or ours
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What is known of a source, whether its bytes are here or not."""
-
-    tensors: str  # the digest that keys stand on
-    size: int
-    sha256: str | None
-    blake3: str | None
-    kind: str  # what it is converted from; nothing for a safetensors file
-    made: str  # under which digest the store keeps what several files were put together into
-    claims: Mapping[str, str]
-
-    @classmethod
-    def of(cls, found: Found) -> Facts:
-        """Take the facts of a file."""
-        said = ((name, found.header.metadata.get(name)) for name in CLAIMS)
-        claims = {name: text for name, text in said if text is not None and len(text) <= MAX_CLAIM}
-        digests = found.digests
-        kind = "" if found.kind == "safetensors" else found.kind
-        made = found.path.name.partition(".")[0] if kind in {"shards", "diffusers"} else ""
-        return cls(tensors=digests.tensors, size=found.size, sha256=digests.sha256, blake3=digests.blake3, kind=kind, made=made, claims=claims)
-
-    @classmethod
-    def locked(cls, entry: Entry) -> Facts:
-        """Take the facts of a lock's entry."""
-        sha256, blake3 = entry.sha256 or None, entry.blake3 or None
-        return cls(tensors=entry.tensor_digest, size=entry.size, sha256=sha256, blake3=blake3, kind=entry.kind, made=entry.made, claims=entry.claims)
-
-    def changes(self, now: Facts) -> Iterator[str]:
-        """Say which facts are others now: `size = 20208 → 20216`; a digest that is not known is not another one."""
-        for name in (f.name for f in fields(self)):
-            was, is_now = getattr(self, name), getattr(now, name)
-            if was != is_now and was is not None and is_now is not None:
-                yield "what its header claims of its origin" if name == "claims" else f"{name} = {was or '(none)'} → {is_now or '(none)'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +69,16 @@ class Supply:
             for name, table in plan.sources.items()
         }
         self._entries = self._valid_entries()
+
+    def glance(self) -> dict[str, Facts]:
+        """Return what can be known of sources' terms by reading headers alone: from the lock, and of files that lie at their path."""
+        facts = {name: Facts.locked(entry) for name, entry in self._entries.items()}
+        for name in set(self._wanted) - set(facts):
+            with contextlib.suppress(SdbuildError, OSError):
+                if place := self._wanted[name].local:
+                    claims = claims_in(read_header(place).metadata)
+                    facts[name] = Facts(tensors="", size=0, sha256=None, blake3=None, kind="", made="", claims=claims)
+        return facts
 
     def look(self) -> None:
         """Know what can be known without asking anybody: from the lock, and for what is not in it from files."""
@@ -252,7 +224,8 @@ class Supply:
 
     def _take(self, name: str, file: Found) -> None:
         """Take a file for a source, if it holds what the lock says."""
-        entry, wanted, facts = self._entries.get(name), self._wanted[name], Facts.of(file)
+        entry, wanted = self._entries.get(name), self._wanted[name]
+        facts = Facts.of(file, entry)
         if entry and (changes := list(Facts.locked(entry).changes(facts))):
             what = f"source `{name}`: {file.original or file.path} is not as {self._lock.path.name} says: {'; '.join(changes)}"
             issue = Issue(where=wanted.where, what=what, hint=self._relock)

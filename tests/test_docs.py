@@ -189,8 +189,9 @@ def test_the_schema_is_that_of_the_models():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_schema_accepts_every_recipe(path):
-    """Editors find nothing wrong with the recipes that come with the project."""
-    jsonschema.validate(tomllib.loads(path.read_text(encoding="utf-8")), recipe_schema())
+    """Editors find nothing wrong with the recipes that come with the project; to them a date of TOML is text, as JSON has no dates."""
+    recipe = json.loads(json.dumps(tomllib.loads(path.read_text(encoding="utf-8")), default=str))
+    jsonschema.validate(recipe, recipe_schema())
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,14 @@ def test_terms_are_taken_as_they_are_sent(hubs, web, said, flags):
     hubs.civitai(7813, 25845, MAIN, **said)
     terms = dict(civitai(web, hubs, with_terms=True).terms)
 
-    others = {"allowNoCredit": True, "allowDerivatives": True, "allowDifferentLicense": True, "model": "viewer-mix", "creator": "someone"}
+    others = {
+        "baseModel": "SD 1.5",
+        "allowNoCredit": True,
+        "allowDerivatives": True,
+        "allowDifferentLicense": True,
+        "model": "viewer-mix",
+        "creator": "someone",
+    }
     assert terms == others | (flags or {})
     tomli_w.dumps(terms).encode()
 

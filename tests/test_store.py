@@ -346,7 +346,7 @@ def test_the_header_says_what_other_tools_read(space: Space):
     assert set(json.loads(metadata["sd_merge_models"])) == {sha256, "ab" * 32}
     assert json.loads(metadata["sd_merge_recipe"])["secondary_model_hash"] == sha256
     manifest = tomllib.loads((space.path / "out" / "mix.manifest.toml").read_text())
-    assert manifest["claimed"] == [{"by": "B", "sha256": "ab" * 32, "name": "grandparent"}]
+    assert manifest["claimed"] == [{"by": "B", "sha256": "ab" * 32, "name": "grandparent", "said_in": "sd_merge_models"}]
 
 
 @pytest.mark.parametrize(

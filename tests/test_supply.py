@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
 import shutil
 import socket
@@ -348,7 +349,8 @@ def test_a_remote_pickle_is_downloaded_and_converted(shop):
     [source] = manifest["source"]
     assert (source["converted_from"], source["sha256"], source["size"]) == ("pickle", sha256(data), len(data))
     lineage = with_lock.wishes[0].metadata["sdbuild.lineage"]
-    assert f'"converted_from":"pickle","name":"viewer","sha256":"{sha256(data)}"' in lineage
+    viewer = next(source for source in json.loads(lineage)["sources"] if source["name"] == "viewer")
+    assert (viewer["converted_from"], viewer["sha256"]) == ("pickle", sha256(data))
 
     shop.lock_file.unlink()
     shop.edit(f'uri = "{VIEWER}"', 'path = "old.ckpt"')
@@ -594,31 +596,35 @@ def test_an_artifact_does_not_replace_a_source_that_only_the_lock_knows(shop):
 
 @pytest.mark.parametrize("kind", ["safetensors", "pickle"])
 def test_an_artifact_is_the_same_wherever_its_sources_come_from(shop, kind):
-    """With a lock or without, downloaded, owned or in the store: one file, bit by bit, and one manifest."""
+    """Downloaded, owned or in the store: one file, bit by bit, and one manifest; a lock adds the hub's terms, and changes no tensor."""
     data, name = (model("viewer"), "viewer.safetensors") if kind == "safetensors" else (pickled("viewer"), "viewer.ckpt")
     shop.on_civitai(data, name)
     shop.put(f"models/renamed{Path(name).suffix}", data)
     shop.recipe(viewer=pinned(VIEWER, data), meina=pinned(MEINA, model("meina")))
     owned = {"models": (shop.path / "models",)}
-    files, manifests = set(), set()
+    files, manifests, tensors = set(), set(), set()
 
     def build(store, **said):
         report = shop.build(store=shop.path / store, out=shop.path / f"out-{store}", **said)
         files.update(digests(report).values())
+        tensors.add(report.wishes[0].stored.tensor_digest)
         manifest = tomllib.loads((shop.path / f"out-{store}" / "mix.manifest.toml").read_text(encoding="utf-8"))
         manifests.add(repr(manifest))
         return read_header(shop.path / f"out-{store}" / "mix.safetensors").metadata
 
-    build("owned", **owned)
+    unlocked = build("owned", **owned)
     if kind == "safetensors":  # for a pickle, which is slow to convert, the two most different ways are enough
         build("downloaded")
+    assert (len(files), len(manifests)) == (1, 1)
     shop.lock()
     if kind == "safetensors":
         build("locked-owned", **owned, locked=True)
     build("cache", locked=True, offline=True)
     metadata = build("locked", locked=True)
 
-    assert (len(files), len(manifests)) == (1, 1)
+    assert (len(files), len(manifests), len(tensors)) == (2, 2, 1)
+    assert '"permissions"' in metadata["sdbuild.lineage"]
+    assert '"permissions"' not in unlocked["sdbuild.lineage"]
     assert ('"converted_from":"pickle"' in metadata["sdbuild.lineage"]) is (kind == "pickle")
 
 

@@ -19,6 +19,7 @@ import click
 from sdmerge_build import __version__
 from sdmerge_build.cli.build import build_command
 from sdmerge_build.cli.inspect import inspect_command
+from sdmerge_build.cli.license import license_command
 from sdmerge_build.cli.methods import methods_command
 from sdmerge_build.cli.provision import fetch_command, lock_command
 from sdmerge_build.console import issues_as_json, print_issues, print_json
@@ -58,14 +59,14 @@ def sdbuild(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (build_command, lock_command, fetch_command, inspect_command, methods_command):
+for command in (build_command, lock_command, fetch_command, inspect_command, license_command, methods_command):
     sdbuild.add_command(command)
 
 
 def main() -> NoReturn:
     """Run the command line, print what went wrong, and leave with the exit code that says so.
 
-    0 done, 1 a step failed, 2 the recipe or command line is wrong, 4 bytes are not what they claim, 5 a source is missing,
+    0 done, 1 a step failed, 2 the recipe or command line is wrong, 3 the terms forbid it, 4 bytes are not what they claim, 5 a source is missing,
     7 the disk is full, 130 interrupted.
     """
     for name in ("stdout", "stderr"):

@@ -45,6 +45,9 @@ class _BuildCommand(click.Command):
 @click.option("--rehearse", type=click.Choice(SIZES), metavar="[=tiny|full]",
               help="Replace every source by a stand-in: tiny ones take a second, full ones have the real size.")  # fmt: skip
 @click.option("--keep-going", is_flag=True, help="Build what can be built when something else cannot.")
+@click.option("--release", is_flag=True, help="Write folders that are ready to be uploaded; refuse what the terms forbid.")
+@click.option("--sign", metavar="KEY|sigstore", default="",
+              help="Release, and sign the folder with a private key (PEM), or through Sigstore; needs sdbuild[sign].")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of lines.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def build_command(recipes: tuple[Path, ...], as_json: bool, quiet: bool, dry_run: bool, explain: bool, **said: Any) -> int:
@@ -83,10 +86,21 @@ def build_command(recipes: tuple[Path, ...], as_json: bool, quiet: bool, dry_run
     return error.exit_code if error else next((report.exit_code for report in reports if report.exit_code), 0)
 
 
-def _options(*, out: Path | None, store: Path | None, rehearse: str | None, only: tuple[str, ...], keep_going: bool, **rest: Any) -> Options:
+def _options(
+    *, out: Path | None, store: Path | None, rehearse: str | None, only: tuple[str, ...], keep_going: bool, release: bool, sign: str, **rest: Any
+) -> Options:
     """Put together what the command line and the environment say."""
     reach = reach_from(searches=not rehearse, **rest)
-    return Options(out=out, store=store_from(store), reach=reach, rehearse=rehearse or "", only=only, keep_going=keep_going)
+    return Options(
+        out=out,
+        store=store_from(store),
+        reach=reach,
+        rehearse=rehearse or "",
+        only=only,
+        keep_going=keep_going,
+        release=release or bool(sign),
+        sign=sign,
+    )
 
 
 def _refuse_one_name_for_two(recipes: tuple[Path, ...]) -> None:

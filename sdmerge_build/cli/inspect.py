@@ -9,19 +9,20 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sdmerge_build.architectures import recognise
+from sdmerge_build.claims import read_claims
 from sdmerge_build.cli.reaching import reach_from, store_from
 from sdmerge_build.console import print_json, watcher_for
 from sdmerge_build.errors import Issue, RecipeError
 from sdmerge_build.events import Watcher
 from sdmerge_build.files import readable_size
 from sdmerge_build.formula import relabelled
-from sdmerge_build.lineage import claimed_ancestors
 from sdmerge_build.recipe import SourceTable
 from sdmerge_build.sources import Search, Wanted, find_sources
 from sdmerge_build.sources.foreign import kind_of
@@ -62,7 +63,7 @@ def inspect_command(file: Path, as_json: bool) -> None:
         "tensor_digest": digests.tensors,
         "metadata": header.metadata,
         "lineage": _lineage(header.metadata),
-        "claimed": claimed_ancestors(header.metadata),
+        "claims": asdict(read_claims(header.metadata)),
     }
     if as_json:
         print_json({"file": str(file)} | facts)
@@ -150,8 +151,15 @@ def _print(file: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _print_claims(facts: Mapping[str, Any]) -> None:
-    for sha256, entry in facts["claimed"].items():
-        click.echo(f"claimed {_printable(entry['name'])}  sha256 {sha256}  (the word of whoever made the file)")
+    claims = facts["claims"]
+    told = [claims["made_by"] and f"made by {claims['made_by']}", claims["recipe"], claims["license"] and f"licence {claims['license']}"]
+    if claims["ancestors"] or any(told):
+        click.echo(f"claimed, the word of whoever made the file{': ' if any(told) else ''}{_printable('; '.join(filter(None, told)))}")
+    for entry in claims["ancestors"]:
+        known = [entry["sha256"] and f"sha256 {entry['sha256']}", entry["short_hash"], entry["license"], entry["recipe"]]
+        click.echo("  ".join(["claimed", *map(_printable, filter(None, (entry["name"], *known)))]))
+    for note in claims["notes"]:
+        click.echo(f"note    {_printable(note)}")
 
 
 def _described(entry: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ class Civitai:
             sha256=hex_or_none(hashes.get("SHA256")),
             blake3=hex_or_none(hashes.get("BLAKE3")),
             page=f"{self.home}/models/{model}?modelVersionId={address.version}",
-            terms=_terms(web.json(f"{base}/api/v1/models/{model}")) if with_terms else {},
+            terms=_terms(web.json(f"{base}/api/v1/models/{model}"), text_of(version.get("baseModel"))) if with_terms else {},
         )
 
 
@@ -98,11 +98,15 @@ def _download_path(address: CivitaiAddress, file: Mapping[str, Any]) -> str:
     return f"/api/download/models/{address.version}" + (f"?{urlencode(chosen)}" if chosen else "")
 
 
-def _terms(model: Any) -> dict[str, Any]:
+def _terms(model: Any, family: str) -> dict[str, Any]:
     """Take the licence fields as they are sent, in whatever shape: what they mean is not for this module to say."""
     if not isinstance(model, dict):
         raise WebError(f"{NAME} answers in a form that is not known", "is there a newer sdbuild?")
     creator = model.get("creator")
     terms = {name: model[name] for name in TERMS if is_plain(model.get(name))}
-    names = {"model": text_of(model.get("name")), "creator": text_of(creator.get("username")) if isinstance(creator, dict) else ""}
+    names = {
+        "baseModel": family,
+        "model": text_of(model.get("name")),
+        "creator": text_of(creator.get("username")) if isinstance(creator, dict) else "",
+    }
     return terms | {name: value for name, value in names.items() if value}

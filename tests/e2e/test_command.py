@@ -152,7 +152,7 @@ def test_dry_run_and_explain_agree_and_build_nothing(space: Space):
     size = sum(t.nbytes for t in checkpoints.miniature("sd1", "A", every=40).values())
     reason = "    param.formula = 0.3 * A + 0.7 * B → 0.2 * A + 0.8 * B"
     assert dry.stdout.splitlines()[:2] == ["mix  build", reason]
-    assert dry.stdout.splitlines()[2].startswith(f"1 artifact to make: {2 * size / 1000:.3g} kB to read, ")
+    assert dry.stdout.splitlines()[-1].startswith(f"1 artifact to make: {2 * size / 1000:.3g} kB to read, ")
     assert wet.stdout.splitlines()[1] == reason
     assert len(before) < len(sorted(space.path.rglob("*.safetensors")))
 

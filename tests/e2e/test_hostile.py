@@ -243,7 +243,7 @@ def test_halves_of_characters_in_a_parent_do_not_stop_a_build(space: Space):
 
     assert run(space, "recipe.toml").returncode == 0
     assert "\x1b" not in run(space, "inspect", "B.safetensors").stdout
-    assert json.loads(run(space, "inspect", "B.safetensors", "--json").stdout)["claimed"]
+    assert json.loads(run(space, "inspect", "B.safetensors", "--json").stdout)["claims"]["ancestors"]
 
 
 @pytest.mark.parametrize(

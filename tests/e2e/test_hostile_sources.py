@@ -20,7 +20,6 @@ from sdmerge_build.errors import IntegrityError, RecipeError
 from sdmerge_build.sources.stock import Stock
 from sdmerge_build.sources.trust import Trust, WebError
 from sdmerge_build.sources.uri import UriError, parse_uri
-from sdmerge_build.sources.web import Web
 
 COMMIT = "4479821af492b5b965b9388866a368ef04f6aff7"
 
@@ -248,32 +247,6 @@ def test_a_host_that_goes_past_the_proxy_is_vetted(monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.0.1", 8443))])
     with pytest.raises(WebError, match="is a private address"):
         Trust({}, allow_private=False).vet("https://name.example:8443/")
-
-
-def test_a_server_that_drips_headers_is_hung_up_on(monkeypatch):
-    """Bytes that keep coming do not keep an answer alive whose headers never end."""
-    import socket
-    import threading
-
-    monkeypatch.setattr("sdmerge_build.sources.web.HEADER_SECONDS", 0.5)
-    monkeypatch.setattr("sdmerge_build.sources.web.DELAYS", ())
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def drip():
-        connection, _ = listener.accept()
-        with connection:
-            try:
-                connection.sendall(b"HTTP/1.1 200 OK\r\n")
-                for n in range(400):
-                    connection.sendall(b"X-%d: y\r\n" % n)
-                    threading.Event().wait(0.05)
-            except OSError:
-                pass
-
-    threading.Thread(target=drip, daemon=True).start()
-    base = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    with listener, pytest.raises(WebError, match="was lost"):
-        Web(Trust({"X": base}, allow_private=True)).json(f"{base}/x")
 
 
 @pytest.mark.parametrize("query", ["rlkey=a", "authkey=a", "code=a", "sas=a", "JSESSIONID=a", "subscription-key=a", "hmac=a"])

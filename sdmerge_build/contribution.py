@@ -1,0 +1,75 @@
+"""Owns who contributes: the sources that any ratio lets into an artifact, found from the recipe alone.
+
+Has never heard of headers or licences; what the files hold changes nothing here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sdmerge_build.blend import blend_of
+from sdmerge_build.plan import Plan, Step
+from sdmerge_build.ratio import Ratio
+
+__all__ = ["contributors"]
+
+MOST_POINTS = 10_000  # combinations of ratios that are tried; beyond, an input counts as contributing
+
+
+def contributors(plan: Plan, step: Step) -> set[str]:
+    """Find the sources that any ratio lets into an artifact; by the recipe alone, whatever the files hold."""
+    found: set[str] = set()
+    stack, seen = [step.name], {step.name}
+    while stack:
+        name = stack.pop()
+        if name in plan.sources:
+            found.add(name)
+            continue
+        inputs = set(_contributing(plan, plan.steps[name]))
+        stack += inputs - seen
+        seen |= inputs
+    return found
+
+
+def _contributing(plan: Plan, step: Step) -> Iterator[str]:
+    """Yield the inputs of a step that are not scaled to nothing everywhere."""
+    points = _points(plan, step)
+    if points is None or "keep" in {step.missing, step.extra, step.mismatch}:
+        yield from step.inputs
+        return
+    count = len(step.inputs)
+    blends = [blend_of(step.method, range(count), count, params) for params in points]
+    for n, name in enumerate(step.inputs):
+        if any(blend is None or blend[n] != 0 for blend in blends):
+            yield name
+
+
+def _points(plan: Plan, step: Step) -> list[dict[str, Any]] | None:
+    """List every combination of ratios that a tensor may meet: aligned by block, and with rules, any value with any other."""
+    ratios = [r for value in step.params.values() for r in (value if isinstance(value, tuple) else (value,)) if isinstance(r, Ratio)]
+    blocks = [*plan.architecture.blocks, *plan.architecture.parts]
+    if any(ratio.rules for ratio in ratios):
+        choices = [sorted({r.base, *r.blocks.values(), *(v for _, v in r.rules)}) for r in ratios]
+        if math.prod(map(len, choices)) > MOST_POINTS:
+            return None
+        rows = list(itertools.product(*choices))
+    else:
+        rows = [tuple(_of_block(ratio, block, plan) for ratio in ratios) for block in blocks or [""]]
+    return [_filled(step.params, iter(row)) for row in dict.fromkeys(rows)]
+
+
+def _of_block(ratio: Ratio, block: str, plan: Plan) -> float:
+    owner = plan.architecture.parts[block][0] if block in plan.architecture.parts else block
+    return ratio.blocks.get(block, ratio.blocks.get(owner, ratio.base))
+
+
+def _filled(params: Mapping[str, Any], values: Iterator[float]) -> dict[str, Any]:
+    def fill(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(fill(item) for item in value)
+        return next(values) if isinstance(value, Ratio) else value
+
+    return {name: fill(value) for name, value in params.items()}
