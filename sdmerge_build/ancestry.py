@@ -35,6 +35,7 @@ from sdmerge_build.licences import (
 )
 from sdmerge_build.plan import Plan, Step
 from sdmerge_build.recipe import SourceTable
+from sdmerge_build.sources import page_of
 from sdmerge_build.sources.uri import CivitaiAddress, UriError, parse_uri
 
 __all__ = ["ancestors_of", "ancestors_of_file", "concluded", "declared_license", "inherited", "licence_files", "refuse_release", "said_terms"]
@@ -99,13 +100,23 @@ class _Reader:
         """Yield the source, then those that its header names; what a source says of itself counts for all that is in it."""
         layers = (*self._licences(), *self._permissions())
         table = self._table
-        credit, homepage = table.credit or _credit(self._hub) or self._claims.author, table.homepage or ""
+        credit, homepage = table.credit or _credit(self._hub) or self._claims.author, self._page
         yield self._ancestor(self._name, layers, contributes=contributes, credit=credit, homepage=homepage, notes=(*self._notes, *notes))
         for claimed in self._claims.ancestors:
-            name = f"{self._name}: {claimed.name or claimed.sha256[:10]}"
+            name = f"{self._name}: {claimed.name}"
             own, doubts = _claimed_layers(claimed)
             told = {"credit": claimed.credit, "homepage": claimed.homepage, "claimed_by": self._name}
             yield self._ancestor(name, own, contributes=contributes, notes=doubts, **told)
+
+    @property
+    def _page(self) -> str:
+        """Name the page that shows the source and its terms: as the recipe says it, or behind its address."""
+        if self._table.homepage:
+            return self._table.homepage
+        try:
+            return page_of(self._table.uri) if self._table.uri else ""
+        except UriError:
+            return ""
 
     def _ancestor(self, name: str, layers: tuple[Layer, ...], **said: Any) -> Ancestor:
         return Ancestor(name=name, layers=layers, family=self._family, **said)
@@ -115,7 +126,7 @@ class _Reader:
         said = list(self._said_licences())
         named = {by: licence for text, by in said if (licence := licence_named(text))}
         for text, by in said:
-            if by not in named:
+            if by not in named and not (by == HEADER and len(_joined_licences(text)) > 1):
                 advice = nearest_licences(text)
                 self._notes.append(f"`{text[:100]}`, as {by} says, is not a licence that is known" + (f"; {advice}" if advice else ""))
         ours = named.get(RECIPE)
@@ -135,6 +146,8 @@ class _Reader:
                 yield licence_layer(licence, source=by, status="disputed" if is_disputed else "known" if by == HUB else "claimed")
         elif hint:
             yield licence_layer(hint, source="Civitai's table of base models", status="claimed")
+        elif not self._is_ours and len(joined := _joined_licences(self._claims.license)) > 1:
+            yield from (licence_layer(licence, source=HEADER, status="claimed") for licence in joined)
         elif self._is_ours:
             yield Layer(title="the terms of its own parents", terms=replace(PERMISSIVE, status="claimed"), source=HEADER)
         else:
@@ -182,12 +195,17 @@ class _Reader:
         try:
             permissions = read_permissions(raw)
         except PermissionsError as error:
-            self._notes.append(f"its permissions, as {by} says, {error}" + (f"; {error.hint}" if error.hint else ""))
+            self._notes.append(f"its permissions ({by}): {error}" + (f"; {error.hint}" if error.hint else ""))
             return unknown_layer("permissions on Civitai", source=by)
         self._notes += permissions.notes
         credit = self._table.credit or _credit(self._hub) or self._name
-        shown = ": ".join(filter(None, (credit, self._table.homepage)))
-        return permissions_layer(permissions, source=by, status=status, credit=shown, url=self._table.homepage or "")
+        return permissions_layer(permissions, source=by, status=status, credit=", ".join(filter(None, (credit, self._page))), url=self._page)
+
+
+def _joined_licences(text: str) -> list[Licence]:
+    """Read licences joined by AND, as our own headers conclude them; none, unless all of them are known."""
+    found = [licence_named(part) for part in text.split(" AND ")]
+    return [licence for licence in found if licence] if all(found) else []
 
 
 def _claimed_layers(claimed: Claimed) -> tuple[tuple[Layer, ...], tuple[str, ...]]:

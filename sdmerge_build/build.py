@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from sdmerge_build.lineage import shares_of
 from sdmerge_build.manifest import is_current, manifest_of, manifest_path, write_manifest
 from sdmerge_build.passes import Leaf, Output, Pass, plan_passes
 from sdmerge_build.prepare import Options, Prepared, Wish, gather, prepare, release_folder
-from sdmerge_build.release import sign, write_release
 from sdmerge_build.supply import refuse_full_disk
 from sdmerge_build.tensorfile import Layout, lay_out, read_header
 from sdmerge_build.writer import Written
@@ -252,11 +252,17 @@ class _Run:
             if is_old:
                 write_manifest(path, manifest)
             if self._options.release:
-                wish.released = release_folder(self._options, wish)
-                write_release(wish.released, wish.target, path, manifest, plan.recipe.path.parent)
-            if self._options.sign and wish.released:
-                sign(wish.released, self._options.key)
+                self._release(wish, manifest)
         return published
+
+    def _release(self, wish: Wish, manifest: dict[str, Any]) -> None:
+        """Write the folder that is ready to be uploaded, and sign it where that is asked for."""
+        from sdmerge_build.release import sign, write_release  # noqa: PLC0415  a build that releases nothing need not wait for it
+
+        folder = release_folder(self._options, wish)
+        signer = partial(sign, key=self._options.key) if self._options.sign else lambda _: None
+        write_release(folder, wish.target, manifest_path(wish.target), manifest, self._prepared.plan.recipe.path.parent, signer)
+        wish.released = folder
 
     def report(self, published: int, seconds: float) -> Report:
         """Put together what happened, or would."""

@@ -5,7 +5,7 @@ Has never heard of torch, and writes nothing but the memo of digests; `--dry-run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from sdmerge_build.lock import Lock, lock_path, read_lock
 from sdmerge_build.manifest import described_in, manifest_path
 from sdmerge_build.plan import Plan, Step, plan_file
 from sdmerge_build.rehearse import stand_ins
-from sdmerge_build.release import refuse_foreign, refuse_unsigned
 from sdmerge_build.store import Store, Stored
 from sdmerge_build.supply import Reach, Supply, refuse_full_disk
 from sdmerge_build.tensorfile import read_header
@@ -118,10 +117,8 @@ def prepare(path: Path, options: Options, watcher: Watcher, on_read: Callable[[]
     licence_files(plan)
     if prepared.is_release:
         refuse_release(plan, supply.glance(), is_final=False)
-    if options.sign:
-        refuse_unsigned(options.key)
-    for wish in wishes if options.release else ():
-        refuse_foreign(release_folder(options, wish))
+    if options.release:
+        _refuse_bad_release(options, wishes)
     supply.look()
     _raise_errors(prepared)
     _look_up_all(prepared)
@@ -208,6 +205,16 @@ def _rehearsed(plan: Plan, options: Options, watcher: Watcher) -> Plan:
         watcher.note("making full-size stand-ins, several gigabytes, where they are not there yet")
     sources = stand_ins(plan.architecture, plan.sources, options.rehearse, options.store_root / "sources")
     return replace(plan, sources=sources)
+
+
+def _refuse_bad_release(options: Options, wishes: Sequence[Wish]) -> None:
+    """Refuse before anything is read what could not be released or signed afterwards."""
+    from sdmerge_build.release import refuse_foreign, refuse_unsigned  # noqa: PLC0415  a build that releases nothing need not wait for it
+
+    if options.sign:
+        refuse_unsigned(options.key)
+    for wish in wishes:
+        refuse_foreign(release_folder(options, wish))
 
 
 def _refuse_to_replace_sources(prepared: Prepared) -> None:

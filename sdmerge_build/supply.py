@@ -53,7 +53,7 @@ class Supply:
         self._plan, self._store, self._lock, self._reach, self._watcher = plan, store, lock, reach, watcher
         folders, memo = reach.folders, store.memo
         self._search = Search(folders=folders, stock=store.stock, memo=memo, jobs=reach.jobs, watcher=watcher, on_read=on_read, learns_all=learns_all)
-        self._relock = f"`sdbuild lock {plan.recipe.path}` writes the lock anew"
+        self._relock = f"`sdbuild lock {plan.recipe.path}` writes {'the lock anew' if lock.exists else 'one'}"
         self._hubs: Hubs | None = None
         self.facts: dict[str, Facts] = {}
         self.found: dict[str, Found] = {}

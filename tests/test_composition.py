@@ -190,7 +190,7 @@ def test_stability_asks_for_a_fixed_sentence_and_its_name():
 
     assert "Copyright © Stability AI Ltd. All Rights Reserved" in said["notice"]
     assert "Powered by Stability AI" in said["branding"]
-    assert found.table()["concluded"]["weights_commercial"] == "up to US$1000000 a year, registered"
+    assert found.table()["concluded"]["weights_commercial"] == "up to US$1,000,000 a year, registered"
 
 
 def test_flux_asks_for_filters_and_no_endorsement():

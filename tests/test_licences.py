@@ -151,7 +151,7 @@ VECTORS = {  # standards D1, by hand: weights, outputs, relicense, shareable, ho
     RAIL_PP: ("free", "free", "respect-use-restrictions", True, 3, "known"),
     OPENRAIL: ("free", "free", "respect-use-restrictions", True, 3, "claimed"),
     "LicenseRef-scancode-bigscience-open-rail-m": ("free", "free", "respect-use-restrictions", True, 3, "known"),
-    SAI: ("up to US$1000000 a year, registered", "no-competitor-training", "no-sublicense", True, 3, "known"),
+    SAI: ("up to US$1,000,000 a year, registered", "no-competitor-training", "no-sublicense", True, 3, "known"),
     SAI_NC: ("non-commercial", "free", "no-sublicense", True, 1, "known"),
     FLUX: ("non-commercial", "no-competitor-training", "no-sublicense", True, 1, "known"),
     "Apache-2.0": ("free", "free", "any", True, 3, "known"),

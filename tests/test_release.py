@@ -335,7 +335,7 @@ def test_a_clause_that_many_ancestors_have_is_quoted_once():
     card = document(shared, "README.md")
 
     assert card.count(CLAUSE) == 1
-    assert "— use restrictions, from viewer-mix\\_v1.7\\_v2 and meinapastel-v4" in card
+    assert "— forbidden uses, from viewer-mix\\_v1.7\\_v2 and meinapastel-v4" in card
 
 
 def test_a_card_without_permission_to_share_says_so():
@@ -810,7 +810,7 @@ def test_the_old_release_comes_back_when_the_new_one_cannot_take_its_place(made,
     before = contents(folder)
     rename = Path.rename
     monkeypatch.setattr(
-        Path, "rename", lambda self, to: (_ for _ in ()).throw(PermissionError(13, "in use")) if self.suffix == ".part" else rename(self, to)
+        Path, "rename", lambda self, to: (_ for _ in ()).throw(PermissionError(13, "in use")) if self.parent.suffix == ".part" else rename(self, to)
     )
 
     with pytest.raises(PermissionError):

@@ -16,7 +16,7 @@ from sdmerge_build.ancestry import ancestors_of_file, concluded
 from sdmerge_build.cli.reaching import reach_from, store_from
 from sdmerge_build.console import print_json, watcher_for
 from sdmerge_build.errors import Issue, LicenceError, RecipeError, printable
-from sdmerge_build.licences import conclude
+from sdmerge_build.licences import NAMES, conclude, in_words
 from sdmerge_build.lock import lock_path, read_lock
 from sdmerge_build.manifest import terms_in
 from sdmerge_build.plan import plan_file
@@ -42,10 +42,14 @@ def license_command(target: Path, only: tuple[str, ...], models: tuple[Path, ...
 
     A tree of what it is made of with each one's terms, what follows for the result and why, what
     contradicts, and what must be passed on. Nobody is asked; run `sdbuild lock` first to know
-    what hubs say. Leaves with code 3 when the terms forbid to share it.
+    what hubs say. Exits with code 3 when the terms forbid to share it.
     """
     if not target.exists():
         raise RecipeError(Issue(where=str(target), what="there is no such file"))
+    if target.is_dir() or target.name.endswith(".manifest.toml"):
+        raise RecipeError(
+            Issue(where=str(target), what="this is neither a recipe nor a checkpoint", hint="name the .safetensors file in it or beside it")
+        )
     said = _of_recipe(target, only, models, store, as_json=as_json) if target.suffix == ".toml" else {target.name: _of_file(target)}
     if as_json:
         print_json({"target": str(target), "artifacts": [{"name": name, "terms": terms} for name, terms in said.items()]})
@@ -87,7 +91,7 @@ def _shown(names: Sequence[str], terms: Terms) -> Iterator[str]:
     yield _line(f"terms: {terms['summary']}")
     concluded = terms.get("concluded", {})
     for component, value in concluded.items():
-        yield _line(f"  {component.replace('_', ' ')}: {_value(value)}")
+        yield _line(f"  {NAMES.get(component, component.replace('_', ' '))}: {in_words(value)}")
         for (licence, clause), whose in _together(terms.get("reason", []), component).items():
             yield _line(f"    {', '.join(whose)}: {licence}, {clause}")
     for conflict in terms.get("conflict", []):
@@ -101,10 +105,10 @@ def _shown(names: Sequence[str], terms: Terms) -> Iterator[str]:
     for duty in duties:
         owed.setdefault(duty["what"], {}).update(dict.fromkeys(map(str, duty.get("ancestors", []))))
     yield from (_line(f"  {what}  ({', '.join(whose)})") for what, whose in owed.items())
-    texts = {entry["license"]: str(entry["url"]) for entry in terms.get("reason", []) if entry.get("url")}
+    texts = dict.fromkeys((entry["license"], str(entry["url"])) for entry in terms.get("reason", []) if entry.get("url"))
     if texts:
         yield "the texts"
-    yield from (_line(f"  {title}  {url}") for title, url in texts.items())
+    yield from (_line(f"  {title}  {url}") for title, url in texts)
     yield terms["advice"]
 
 
@@ -140,10 +144,6 @@ def _ancestor(ancestor: Mapping[str, Any]) -> str:
     layers = "; ".join(f"{layer['title']} ({layer['source']})" for layer in ancestor.get("layer", []))
     note = "" if ancestor.get("contributes", True) else ", contributes nothing"
     return f"{ancestor['name']}: {layers or 'no terms'} [{ancestor['status']}{note}]"
-
-
-def _value(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else "no" if value is False else str(value)
 
 
 def _line(text: str) -> str:

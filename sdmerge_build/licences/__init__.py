@@ -8,10 +8,12 @@ from sdmerge_build.licences.catalog import Licence, licence_for_base_model, lice
 from sdmerge_build.licences.compose import ADVICE, POLICIES, Conclusion, conclude
 from sdmerge_build.licences.permissions import ATTACHMENT_B, Permissions, PermissionsError, read_permissions
 from sdmerge_build.licences.terms import PERMISSIVE, UNKNOWN, Cap, Terms, meet, meet_all
+from sdmerge_build.licences.words import NAMES, in_words
 
 __all__ = [
     "ADVICE",
     "ATTACHMENT_B",
+    "NAMES",
     "PERMISSIVE",
     "POLICIES",
     "UNKNOWN",
@@ -27,6 +29,7 @@ __all__ = [
     "Reason",
     "Terms",
     "conclude",
+    "in_words",
     "licence_for_base_model",
     "licence_layer",
     "licence_named",

@@ -14,6 +14,7 @@ from sdmerge_build.licences.ancestors import Ancestor, Binding, Conflict, Duty, 
 from sdmerge_build.licences.conflicts import conflicts, declared_conflicts
 from sdmerge_build.licences.duties import duties
 from sdmerge_build.licences.terms import COMPONENTS, HOSTS, LADDERS, PERMISSIVE, Terms, meet_all, tightened
+from sdmerge_build.licences.words import in_words
 
 __all__ = ["ADVICE", "POLICIES", "Conclusion", "conclude"]
 
@@ -64,10 +65,12 @@ class Conclusion:
             said.append(f"not to be shared: {', '.join(reasons)}")
         if self.terms.weights_commercial != "free":
             said.append(f"commercial use: {self.terms.weights_commercial}")
+        if self.terms.outputs_commercial != "free":
+            said.append(f"commercial use of images: {in_words(self.terms.outputs_commercial)}")
         if not (self.terms.sell_merge and self.terms.sell_model):
             said.append("selling is withheld")
         if self.terms.hosting != HOSTS:
-            said.append(f"hosting: {', '.join(sorted(self.terms.hosting)) or 'nobody'}")
+            said.append(f"to be run for others by: {in_words(sorted(self.terms.hosting))}")
         if self.terms.status != "known":
             said.append(f"partly {self.terms.status}")
         return "; ".join(said)

@@ -21,7 +21,10 @@ RAIL = "rail"  # identifiers of use restrictions of every RAIL text begin like t
 FOUNDATION = "sai:foundation"
 _FLAGS = ("outputs_commercial", "hosting", "sell_model", "sell_merge", "share_derivative")
 _DECLARABLE = ("use_restrictions", *LIMITS, "share_derivative", "copyleft", "filters")
-ASSERT = "say in the recipe what its terms are: `license`, with `evidence = { url = …, date = … }`"
+ASSERT = (
+    "say in the recipe what is missing: `license`, for Civitai `permissions`, and `evidence = { url = …, date = … }` for both; "
+    "or let `sdbuild lock` ask the hub"
+)
 
 
 def conflicts(ancestors: Sequence[Ancestor], terms: Terms) -> tuple[Conflict, ...]:

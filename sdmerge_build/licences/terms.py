@@ -34,7 +34,7 @@ class Cap:
     registered: frozenset[str] = NOTHING
 
     def __str__(self) -> str:
-        text = f"{'up to' if self.inclusive else 'below'} US${self.amount} a year"
+        text = f"{'up to' if self.inclusive else 'below'} US${self.amount:,} a year"
         return f"{text}, registered" if self.registered else text
 
 

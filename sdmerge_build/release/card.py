@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sdmerge_build.files import readable_size
+from sdmerge_build.licences import NAMES, in_words
 from sdmerge_build.release.notice import DUTIES, licence_texts
 from sdmerge_build.release.reading import (
     PROJECT,
@@ -147,8 +148,13 @@ def _parents(manifest: Manifest) -> Iterator[str]:
     claimed = manifest.get("claimed", [])
     if claimed:
         yield "The parents' own headers claim these ancestors; nobody has verified them."
-        lines = [f"- {markdown(c['name'])}, claimed by {markdown(c['by'])}: {code(c['sha256'])}" for c in claimed[:MOST_CLAIMED]]
+        lines = [f"- {markdown(c['name'])}, claimed by {markdown(c['by'])}{_hash(c)}" for c in claimed[:MOST_CLAIMED]]
         yield "\n".join(lines + ([f"- and {len(claimed) - MOST_CLAIMED} more in the manifest"] if len(claimed) > MOST_CLAIMED else []))
+
+
+def _hash(claimed: Manifest) -> str:
+    known = claimed.get("sha256") or claimed.get("short_hash")
+    return f": {code(known)}" if known else ""
 
 
 def _layer(layer: Manifest) -> str:
@@ -192,13 +198,11 @@ def _reasons(terms: Manifest) -> Iterator[str]:
 
 
 def _component(name: str) -> str:
-    return markdown(name.replace("_", " "))
+    return markdown(NAMES.get(name, name.replace("_", " ")))
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "; ".join(markdown(item) for item in value) if isinstance(value, list) else markdown(value)
+    return "; ".join(markdown(in_words(item)) for item in value) if isinstance(value, list) and value else markdown(in_words(value))
 
 
 def _conflict(conflict: Manifest) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sdmerge_build import __version__
 from sdmerge_build.digest import is_hex
+from sdmerge_build.licences import in_words
 from sdmerge_build.release.reading import PROJECT, SPDX_IDS, Manifest, ancestor_of, author_of, license_of, page, release_of, terms_of, title_of
 from sdmerge_build.release.writing import address, canonical
 
@@ -61,7 +62,7 @@ class _Family:
         for source in manifest.get("source", []):
             self._names[source["name"]] = self._add(f"source:{source['name']}", _source(manifest, source))
         for claim in manifest.get("claimed", []):
-            ref = self._add(f"claimed:{claim['sha256']}", _claimed(manifest, claim))
+            ref = self._add(f"claimed:{claim.get('sha256') or (claim['by'], claim['name'])}", _claimed(manifest, claim))
             self._join(self._names.get(claim["by"], self.subject), ref)
         for step in manifest.get("step", []):
             is_subject = step["name"] == manifest["artifact"]["name"]
@@ -213,7 +214,7 @@ def _licenses(licenses: list[Component]) -> dict[str, Any]:
 
 def _model_card(manifest: Manifest) -> dict[str, Any]:
     artifact, terms = manifest["artifact"], terms_of(manifest)
-    restrictions = [{"name": str(text)} for text in terms.get("concluded", {}).get("use_restrictions", [])]
+    restrictions = [{"name": in_words(text)} for text in terms.get("concluded", {}).get("use_restrictions", [])]
     formats = [_property(f"dtype.{name}", count) for name, count in sorted(artifact.get("dtypes", {}).items())]
     return {
         "modelParameters": {"task": "text-to-image", "architectureFamily": str(artifact.get("architecture", "")), "inputs": [{"format": "text"}],

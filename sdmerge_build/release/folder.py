@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
@@ -45,10 +45,18 @@ def documents(manifest: Manifest, base: Path = Path()) -> dict[str, str | Path]:
     }
 
 
-def write_release(folder: Path, artifact: Path, manifest_path: Path, manifest: Manifest, base: Path | None = None) -> list[Path]:
+def write_release(
+    folder: Path,
+    artifact: Path,
+    manifest_path: Path,
+    manifest: Manifest,
+    base: Path | None = None,
+    finish: Callable[[Path], object] = lambda _: None,
+) -> list[Path]:
     """Write the whole folder, or nothing, and return its files; an older release at the same place is replaced.
 
-    `base` is the folder that licence files are seen from; the manifest's own, where it is not said.
+    `base` is the folder that licence files are seen from; the manifest's own, where it is not said. `finish` is given the folder, under its
+    own name but elsewhere, before anybody sees it: what it raises leaves the older release as it is.
     Raises `SdbuildError` where the folder holds what sdbuild did not write, `IntegrityError` where a file is not what the manifest says.
     """
     artifact, size = artifact.resolve(), manifest["artifact"]["size"]
@@ -59,14 +67,16 @@ def write_release(folder: Path, artifact: Path, manifest_path: Path, manifest: M
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     tag = owner_tag()
-    part, old = (folder.with_name(f".{folder.name[:64]}.{tag}.{what}") for what in ("part", "old"))
+    aside, old = (folder.with_name(f".{folder.name[:64]}.{tag}.{what}") for what in ("part", "old"))
+    part = aside / folder.name
     try:
         with as_space_error(folder.parent, size):
-            part.mkdir()
+            part.mkdir(parents=True)
             names = _fill(part, artifact, manifest_path, manifest, manifest_path.parent if base is None else base)
+        finish(part)
         _swap(part, folder, old)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     sync_folder(folder.parent)
     return [folder / name for name in names]

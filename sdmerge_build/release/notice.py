@@ -13,16 +13,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from sdmerge_build.licences import in_words
 from sdmerge_build.release.reading import Manifest, author_of, binding_layers, license_ids, license_of, page, release_of, rests_on, terms_of, title_of
 from sdmerge_build.release.writing import address, file_name, one_line
 
 __all__ = ["DUTIES", "LicenceText", "licence_texts", "notice"]
 
 DUTIES = {
-    "branding": "Names that the texts ask to be shown",
+    "branding": "Names and endorsement",
     "notice": "Notices that the texts ask to be kept",
     "credit": "Credits",
-    "change-notice": "Changes",
+    "change-notice": "Statements of change",
     "pass-on": "Restrictions of use, to be passed on with every copy",
     "licence-copy": "Licences of which a copy is to be given",
     "source-offer": "Source",
@@ -63,7 +64,7 @@ def licence_texts(manifest: Manifest, base: Path = Path()) -> list[LicenceText]:
     layers: dict[tuple[str, str], list[Manifest]] = defaultdict(list)
     for ancestor, layer in _texts_of(manifest):
         named = one_line(layer.get("id") or layer.get("title") or "")
-        if named:
+        if named and (layer.get("id") or layer.get("url") or layer.get("license_sha256")):  # otherwise there is no text, only that nobody names one
             key = (named, str(layer.get("license_sha256") or ""))
             binds[key].append(one_line(ancestor))
             layers[key].append(layer)
@@ -162,6 +163,7 @@ def _duties(manifest: Manifest) -> Iterator[list[str]]:
         for duty in (duty for duty in duties if duty["kind"] == kind):
             through = ", ".join(one_line(name) for name in duty.get("ancestors", []))
             where = address(duty.get("url") or "")
+            where = "" if where in duty["what"] else where
             lines.append(f"- {one_line(duty['what'])}" + (f" ({through})" if through else "") + (f" {where}" if where else ""))
         if lines:
             yield [DUTIES.get(kind, one_line(kind)), *dict.fromkeys(lines)]
@@ -170,7 +172,7 @@ def _duties(manifest: Manifest) -> Iterator[list[str]]:
 def _restrictions(manifest: Manifest) -> Iterator[list[str]]:
     restrictions = terms_of(manifest).get("concluded", {}).get("use_restrictions", [])
     if restrictions:
-        yield ["Restrictions of use that bind everybody who receives this model", *(f"- {one_line(text)}" for text in restrictions)]
+        yield ["Restrictions of use that bind everybody who receives this model", *(f"- {one_line(in_words(text))}" for text in restrictions)]
         clauses = [
             f"- {one_line(r.get('license', ''))}: {one_line(r.get('clause', ''))} {address(r.get('url') or '')}".rstrip()
             for r in rests_on(manifest, "use_restrictions")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sdmerge_build.licences import ATTACHMENT_B
 from sdmerge_build.release.writing import address, file_name, one_line
 from sdmerge_build.sources.uri import HuggingFaceAddress, UriError, page_of, parse_uri
 
@@ -91,6 +92,10 @@ def hub_license(license_id: str) -> tuple[str, str]:
         return _HUB_IDS.get(license_id, license_id.lower()), ""
     if not license_id:
         return "unknown", ""
+    parts = [part for part in license_id.split(" AND ") if not part.startswith(ATTACHMENT_B)]
+    if parts and len(parts) < len(license_id.split(" AND ")):  # authors' flags, each with an id of its own that says nothing to a reader
+        hub_id, name = hub_license(" AND ".join(parts))
+        return "other", f"{name or hub_id}-with-civitai-permissions"
     return "other", _HUB_NAMES.get(license_id) or re.sub(r"[^a-z0-9.+]+", "-", license_id.removeprefix("LicenseRef-").lower()).strip("-") or "other"
 
 
@@ -103,9 +108,9 @@ def binding_layers(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
 
 
 def ancestor_of(manifest: Manifest, name: str, claimed_by: str = "") -> Manifest:
-    """Return what the terms say of an ancestor; empty where they say nothing."""
-    ancestors = terms_of(manifest).get("ancestor", [])
-    return next((a for a in ancestors if (a.get("name"), a.get("claimed_by", "")) == (name, claimed_by)), {})
+    """Return what the terms say of an ancestor; empty where they say nothing. Claimed ones are named after who names them as well."""
+    ancestors, names = terms_of(manifest).get("ancestor", []), {name, f"{claimed_by}: {name}"}
+    return next((a for a in ancestors if a.get("name") in names and a.get("claimed_by", "") == claimed_by), {})
 
 
 def rests_on(manifest: Manifest, component: str) -> list[Manifest]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdmerge_build.errors import Issue, SdbuildError
-from sdmerge_build.files import sync_folder
+from sdmerge_build.files import read_regular, sync_folder
 
 __all__ = ["SIGNATURE", "refuse_unsigned", "sign"]
 
@@ -44,11 +44,22 @@ def sign(folder: Path, key: Path | None = None) -> Path:
 
 def refuse_unsigned(key: Path | None) -> None:
     """Raise `SdbuildError` where nothing can be signed, before anything is built: the extra is not installed, or there is no such key."""
+    hint = "--sign wants a private elliptic key in PEM without a password, as `openssl ecparam -genkey -name prime256v1 -noout` makes one"
     if key and not key.is_file():
-        raise SdbuildError(
-            Issue(where=str(key), what="there is no such key", hint="--sign wants a private elliptic key in PEM, or the word sigstore")
-        )
+        raise SdbuildError(Issue(where=str(key), what="there is no such key", hint=f"{hint}, or the word sigstore"))
     _packages()
+    if key and not _is_elliptic(key):
+        raise SdbuildError(Issue(where=str(key), what="this is no key that can sign", hint=hint))
+
+
+def _is_elliptic(key: Path) -> bool:
+    """Tell whether a file holds a private elliptic key; the library that reads it comes with the one that signs."""
+    serialization = importlib.import_module("cryptography.hazmat.primitives.serialization")
+    elliptic = importlib.import_module("cryptography.hazmat.primitives.asymmetric.ec")
+    try:
+        return isinstance(serialization.load_pem_private_key(read_regular(key, 1 << 20), password=None), elliptic.EllipticCurvePrivateKey)
+    except (OSError, ValueError, TypeError):  # TypeError: it has a password
+        return False
 
 
 def _packages() -> tuple[Any, ...]:

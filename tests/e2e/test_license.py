@@ -167,6 +167,40 @@ def test_a_folder_with_other_things_in_it_is_not_replaced(space: Space):
     assert not (space.path / "out" / "mix.safetensors").exists()
 
 
+def test_a_merge_of_ones_own_can_be_a_parent_of_a_release(space: Space):
+    """Parents of parents that nobody pinned have no sha256; the documents do without, and name no text that does not exist."""
+    cook(space)
+    space.build()
+    child = f'recipe = 1\narchitecture = "sd1"\n[source.mix]\npath = "out/mix.safetensors"\n[source.A]\npath = "A.safetensors"\n{RAIL}\n'
+    space.write("child.toml", child + '[step.child]\nformula = "0.5 * mix + 0.5 * A"\n')
+    run = space.sdbuild("child.toml", "--release")
+    folder = space.path / "out" / "release" / "child"
+
+    assert run.returncode == 0, run.stderr
+    assert [path.name for path in (folder / "LICENSES").iterdir()] == ["LicenseRef-CreativeML-OpenRAIL-M.txt"]
+    assert "B, claimed by mix" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_release_that_cannot_be_signed_leaves_the_earlier_one(space: Space):
+    """A key that cannot sign is refused before anything is built, and the signed release stays as it is."""
+    pytest.importorskip("model_signing")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+    for name, key in (("good", ec.generate_private_key(ec.SECP256R1())), ("rsa", rsa.generate_private_key(65537, 2048))):
+        form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        (space.path / f"{name}.pem").write_bytes(key.private_bytes(*form))
+    cook(space)
+    assert space.sdbuild("recipe.toml", "--sign", "good.pem").returncode == 0
+    signature = space.path / "out" / "release" / "mix" / "model.sig"
+    before = signature.read_bytes()
+    for key in ("rsa.pem", "nowhere.pem", "recipe.toml"):
+        run = space.sdbuild("recipe.toml", "--sign", key)
+        assert run.returncode == 1
+        assert run.stderr.startswith(f"error: {key}: ")
+    assert signature.read_bytes() == before
+
+
 def test_terms_are_edited_without_merging_again(space: Space):
     """Another title, credit or licence writes another header before the same data."""
     cook(space, f'{RAIL}\ncredit = "Ada"')
