@@ -22,7 +22,7 @@ from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildErro
 from sdmerge_build.events import State, Watcher
 from sdmerge_build.files import Snapshot, as_space_error
 from sdmerge_build.lineage import shares_of
-from sdmerge_build.manifest import is_current, manifest_of, manifest_path, write_manifest
+from sdmerge_build.manifest import is_current, manifest_of, manifest_path, state_of, write_manifest
 from sdmerge_build.passes import Leaf, Output, Pass, plan_passes
 from sdmerge_build.prepare import Options, Prepared, Wish, gather, prepare, release_folder
 from sdmerge_build.supply import refuse_full_disk
@@ -246,11 +246,12 @@ class _Run:
             path = manifest_path(wish.target)
             facts, described, terms = self._prepared.supply.facts, self._prepared.described, wish.terms
             assert terms, "BUG: a finished artifact was looked up"
-            is_old = not is_current(path, plan, wish.stored, facts, terms)
+            state = state_of(plan, wish.stored, facts, terms)
+            is_old = not is_current(path, state)
             if is_old or self._options.release:
                 manifest = manifest_of(plan, wish.step, wish.stored, described, facts, terms, self._options.rehearse)
             if is_old:
-                write_manifest(path, manifest)
+                write_manifest(path, manifest, state)
             if self._options.release:
                 self._release(wish, manifest)
         return published

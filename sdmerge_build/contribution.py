@@ -16,7 +16,7 @@ from sdmerge_build.ratio import Ratio
 
 __all__ = ["contributors"]
 
-MOST_POINTS = 10_000  # combinations of ratios that are tried; beyond, an input counts as contributing
+MOST_POINTS = 256  # combinations of ratios that are tried; beyond, an input counts as contributing
 
 
 def contributors(plan: Plan, step: Step) -> set[str]:
@@ -35,15 +35,20 @@ def contributors(plan: Plan, step: Step) -> set[str]:
 
 
 def _contributing(plan: Plan, step: Step) -> Iterator[str]:
-    """Yield the inputs of a step that are not scaled to nothing everywhere."""
+    """Yield the inputs of a step that may leave anything in its result.
+
+    One that is scaled to nothing everywhere does not, unless it is the first, whose whole numbers and constants are copied, or what
+    only it holds may be kept: by a policy, or because the architecture calls it optional.
+    """
     points = _points(plan, step)
-    if points is None or "keep" in {step.missing, step.extra, step.mismatch}:
+    is_kept = "keep" in {step.missing, step.extra, step.mismatch} or (step.extra != "drop" and plan.architecture.optional)
+    if points is None or is_kept:
         yield from step.inputs
         return
     count = len(step.inputs)
     blends = [blend_of(step.method, range(count), count, params) for params in points]
     for n, name in enumerate(step.inputs):
-        if any(blend is None or blend[n] != 0 for blend in blends):
+        if n == 0 or any(blend is None or blend[n] != 0 for blend in blends):
             yield name
 
 

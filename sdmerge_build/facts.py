@@ -71,6 +71,6 @@ class Facts:
 
 
 def claims_in(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Take what a header claims of its origin, and what can be read of it."""
+    """Take what a header claims of its origin; of what is too long to be read, that it is."""
     said = ((name, metadata.get(name)) for name in CLAIMS)
-    return {name: text for name, text in said if text is not None and len(text) <= MAX_CLAIM}
+    return {name: text if len(text) <= MAX_CLAIM else f"… {len(text)} characters" for name, text in said if text is not None}

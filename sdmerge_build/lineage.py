@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdmerge_build.ancestry import declared_license, inherited, said_terms
+from sdmerge_build.ancestry import declared_license, handed_on
 from sdmerge_build.blend import Blend
 from sdmerge_build.check import Checked
 from sdmerge_build.claims import MAX_CLAIM, webui_models
@@ -141,19 +141,13 @@ def _embedded(lineage: Mapping[str, Any], extent: str) -> str:
 
 
 def _lineage(plan: Plan, step: Step, described: Mapping[str, Description], facts: Mapping[str, Facts], terms: Conclusion) -> dict[str, Any]:
-    """Describe the whole ancestry, sources first, and how far the terms of each are known."""
-    status = {ancestor.name: ancestor.terms.status for ancestor in terms.ancestors if not ancestor.claimed_by}
+    """Describe the whole ancestry, sources first, and how far the terms of each are known; what is said of one twice has two rows."""
     names = plan.ancestors(step.name)
-    sources = [
-        {"name": name, "tensors": described[name].key}
-        | _conversion(facts[name])
-        | plan.sources[name].model_dump(include={"sha256", "blake3", "uri"}, exclude_none=True)
-        | {"status": status[name]}
-        | said_terms(plan.sources[name], facts[name])
-        for name in names
-        if name in plan.sources
-    ]
-    sources += [row for name in names if name in plan.sources for row in inherited(name, facts[name])]
+    sources = []
+    for name in (name for name in names if name in plan.sources):
+        bytes_of = {"tensors": described[name].key} | _conversion(facts[name])
+        bytes_of |= plan.sources[name].model_dump(include={"sha256", "blake3", "uri"}, exclude_none=True)
+        sources += [row | (bytes_of if row["name"] == name else {}) for row in handed_on(plan, name, facts[name])]
     steps = [{"name": name, "facts": dict(described[name].facts), "inputs": dict(described[name].inputs)} for name in names if name in plan.steps]
     return {"lineage": 1, "sources": sources, "steps": steps, "terms": {"license": terms.license, "share": terms.share}}
 

@@ -5,6 +5,8 @@ Has never heard of torch or the clock. A manifest needs no run: it is computed f
 
 from __future__ import annotations
 
+import functools
+import json
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ from typing import Any
 
 from sdmerge_build.ancestry import licence_files, said_terms
 from sdmerge_build.claims import Claimed, read_claims
+from sdmerge_build.digest import blake3_hex
 from sdmerge_build.errors import printable
 from sdmerge_build.facts import Facts
 from sdmerge_build.files import read_regular, replacing
@@ -24,7 +27,7 @@ from sdmerge_build.store import Stored
 from sdmerge_build.tensorfile import read_header
 from sdmerge_build.tomltext import too_deep
 
-__all__ = ["described_in", "is_current", "manifest_of", "manifest_path", "terms_in", "write_manifest"]
+__all__ = ["described_in", "is_current", "manifest_of", "manifest_path", "state_of", "terms_in", "write_manifest"]
 
 VERSION = 1
 _DECLARED = ("uri", "homepage", "filename", "license", "credit", "permissions")
@@ -63,29 +66,36 @@ def manifest_of(
     return manifest | ({"claimed": claimed} if claimed else {}) | _release(plan) | {"terms": _terms(plan, terms)}
 
 
-def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write a manifest by one rename."""
+def write_manifest(path: Path, manifest: Mapping[str, Any], state: str) -> None:
+    """Write a manifest by one rename; `state` names what it was computed from, and stands with the digest of the rest in its first line."""
     import tomli_w  # noqa: PLC0415  a build with nothing to do needs no writer
 
+    text = f"# Written by sdbuild: how this artifact was made, and of what.\n{tomli_w.dumps(dict(manifest))}".encode()
     with replacing(path) as file:
-        file.write(b"# Written by sdbuild: how this artifact was made, and of what.\n")
-        tomli_w.dump(dict(manifest), file)
+        file.write(f"# {state} {blake3_hex(text)}\n".encode())
+        file.write(text)
 
 
-def is_current(path: Path, plan: Plan, stored: Stored, facts: Mapping[str, Facts], terms: Conclusion) -> bool:
-    """Tell whether a manifest is there and speaks of this artifact, these recipes and these files."""
-    table = _read(path)
+def state_of(plan: Plan, stored: Stored, facts: Mapping[str, Facts], terms: Conclusion) -> str:
+    """Name everything that a manifest is computed from and that may change: the artifact, the recipes, the files, the terms."""
+    sizes = {name: known.size for name, known in facts.items()}
+    recipes = [printable(plan.recipe.path.name), plan.recipe.digest, _other_digests(plan)]
+    said = [VERSION, stored.trace["artifact_key"], stored.sha256, recipes, sizes, _release(plan), _digest_of(terms), str(licence_files(plan))]
+    return blake3_hex(json.dumps(said, sort_keys=True).encode())
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of(terms: Conclusion) -> str:
+    return blake3_hex(json.dumps(terms.table(), sort_keys=True).encode())
+
+
+def is_current(path: Path, state: str) -> bool:
+    """Tell whether a manifest is there, was computed from `state`, and is as it was written."""
     try:
-        artifact, reproduce, sources = table["artifact"], table["reproduce"], table["source"]
-        return (
-            (artifact["key"], artifact["sha256"]) == (stored.trace["artifact_key"], stored.sha256)
-            and (reproduce["recipe"], reproduce["recipe_digest"]) == (printable(plan.recipe.path.name), plan.recipe.digest)
-            and reproduce.get("recipes", {}) == _other_digests(plan)
-            and all(source["size"] == facts[source["name"]].size for source in sources)
-            and table["terms"] == _terms(plan, terms)
-        )
-    except (KeyError, TypeError):
+        first, _, rest = read_regular(path).partition(b"\n")
+    except OSError:
         return False
+    return first == f"# {state} {blake3_hex(rest)}".encode()
 
 
 def described_in(path: Path) -> dict[str, Description]:
@@ -109,28 +119,39 @@ def terms_in(artifact: Path, key: str) -> dict[str, Any] | None:
     table = _read(manifest_path(artifact))
     try:
         is_its = bool(key) and table["step"][-1]["key"] == key and table["artifact"]["size"] == artifact.stat().st_size
-        return table["terms"] if is_its and _is_terms(table["terms"]) else None
-    except (KeyError, TypeError, IndexError, OSError):
+        return _sound(table["terms"]) if is_its else None
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OSError):
         return None
 
 
-def _is_terms(terms: Any) -> bool:
-    """Tell whether terms, which anybody may have edited, have the form in which they are printed."""
-    texts = ("summary", "share", "advice")
-    lists = {
-        "ancestor": ("name", "status"),
-        "reason": ("component", "ancestor", "license", "clause"),
-        "conflict": ("id", "level", "what"),
-        "duty": ("what",),
-    }
-    return (
-        all(isinstance(terms[name], str) for name in texts)
-        and isinstance(terms.get("concluded", {}), dict)
-        and all(isinstance(entry[field], str) for name, needed in lists.items() for entry in terms.get(name, []) for field in needed)
-        and all(
-            isinstance(layer[field], str) for entry in terms.get("ancestor", []) for layer in entry.get("layer", []) for field in ("title", "source")
-        )
-    )
+def _sound(terms: Any) -> dict[str, Any]:
+    """Copy terms, which anybody may have edited, in the form in which they are printed. Raises `TypeError` where they have another."""
+    sound: dict[str, Any] = {name: _text(terms[name]) for name in ("share", "policy", "license", "license_title", "status", "summary", "advice")}
+    sound["concluded"] = {name: value if isinstance(value, bool) else _plain(value) for name, value in terms["concluded"].items()}
+    for name, texts, lists in _ROWS:
+        sound[name] = [_row(entry, texts, lists) for entry in terms.get(name, [])]
+    for row, ancestor in zip(sound["ancestor"], terms.get("ancestor", []), strict=True):
+        row["contributes"] = ancestor["contributes"] is True
+        row["layer"] = [_row(layer, ("title", "source", "id", "url"), ()) for layer in ancestor.get("layer", [])]
+    return sound
+
+
+_ROWS = (
+    ("ancestor", ("name", "status", "license", "license_title", "license_url", "credit", "homepage", "claimed_by"), ("notes",)),
+    ("reason", ("component", "value", "ancestor", "license", "clause", "url"), ()),
+    ("conflict", ("id", "level", "what", "hint"), ("ancestors", "rests_on")),
+    ("duty", ("kind", "what", "url"), ("ancestors",)),
+)
+"""The tables of terms: their fields that are texts, and those that are lists of texts."""
+
+
+def _row(entry: Mapping[str, Any], texts: tuple[str, ...], lists: tuple[str, ...]) -> dict[str, Any]:
+    return {name: _text(entry.get(name, "")) for name in texts} | {name: _plain(entry.get(name, [])) for name in lists}
+
+
+def _plain(value: Any) -> Any:
+    """Return a text or a list of texts; anything else raises `TypeError`."""
+    return [_text(item) for item in value] if isinstance(value, list) else _text(value)
 
 
 def _text(value: Any) -> str:

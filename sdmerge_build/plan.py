@@ -6,6 +6,7 @@ Has never heard of headers, tensors or keys; of files it knows only that recipes
 from __future__ import annotations
 
 import os.path
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from sdmerge_build.steps import Call, Step, StepReader, complete_step
 __all__ = ["Origin", "Plan", "Step", "plan_file", "plan_recipe"]
 
 MAX_RECIPES = 100
+_SECRET = re.compile(r"://[^/]*@|[?&#](?:token|key|apikey|api_key|sig|signature)=", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +275,10 @@ def _bad_sources(recipe: Recipe) -> Iterator[Issue]:
             page_of(source.uri or "https://none")
         except UriError as error:
             yield Issue(where=recipe.where("source", name, "uri"), what=f"source `{name}`: {error}", hint=error.hint)
+        shown = {"homepage": source.homepage, "evidence": source.evidence.url if source.evidence else None}
+        for place in (place for place, url in shown.items() if url and _SECRET.search(url)):
+            what = f"source `{name}`: `{place}` holds a login or a token, and would be published"
+            yield Issue(where=recipe.where("source", name, place), what=what, hint="leave it out of the address")
         if _recipe_address(source.uri or ""):
             for said in (key for key in SourceTable.model_fields if key != "uri" and getattr(source, key) is not None):
                 what = f"source `{name}` has `{said}`, but it is what the other recipe makes, which says that itself"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sdmerge_build.ancestry import concluded, licence_files, refuse_release
+from sdmerge_build.ancestry import concluded, licence_files, refusals, refuse_release
 from sdmerge_build.check import check
 from sdmerge_build.emit import can_reemit
 from sdmerge_build.errors import Issue, RecipeError, SdbuildError, joined
@@ -115,18 +115,16 @@ def prepare(path: Path, options: Options, watcher: Watcher, on_read: Callable[[]
     wishes = [Wish(step=plan.steps[name], target=options.out_folder / f"{name}.safetensors") for name in plan.wanted]
     prepared = Prepared(plan=plan, store=store, supply=supply, wishes=wishes, options=options)
     licence_files(plan)
-    if prepared.is_release:
+    if prepared.is_release and not options.keep_going:
         refuse_release(plan, supply.glance(), is_final=False)
     if options.release:
         _refuse_bad_release(options, wishes)
     supply.look()
     _raise_errors(prepared)
     _look_up_all(prepared)
-    if prepared.is_release:
-        refuse_release(plan, supply.facts, is_final=False)
+    _refuse_releases(prepared, is_final=False)
     gather(prepared, is_plan=is_plan)
-    if prepared.is_release:
-        refuse_release(plan, supply.facts, is_final=not supply.missing)
+    _refuse_releases(prepared, is_final=not supply.missing)
     _refuse_to_replace_sources(prepared)
     return prepared
 
@@ -205,6 +203,18 @@ def _rehearsed(plan: Plan, options: Options, watcher: Watcher) -> Plan:
         watcher.note("making full-size stand-ins, several gigabytes, where they are not there yet")
     sources = stand_ins(plan.architecture, plan.sources, options.rehearse, options.store_root / "sources")
     return replace(plan, sources=sources)
+
+
+def _refuse_releases(prepared: Prepared, *, is_final: bool) -> None:
+    """End the run, or leave artifacts out, where what they are made of forbids their release."""
+    if not prepared.is_release:
+        return
+    refused = refusals(prepared.plan, prepared.supply.facts, is_final=is_final)
+    for wish in prepared.wishes:
+        if wish.step.name in refused:
+            wish.state, wish.error, wish.stored = State.BLOCKED, refused[wish.step.name], None
+    if refused and not prepared.options.keep_going:
+        raise joined(list(refused.values()))
 
 
 def _refuse_bad_release(options: Options, wishes: Sequence[Wish]) -> None:

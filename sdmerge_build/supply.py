@@ -233,6 +233,7 @@ class Supply:
                 self.errors[name] = IntegrityError(issue)
                 return
             self._watcher.note(f"{issue.where}: {issue.what}")
+            facts = replace(facts, terms={})  # the hub spoke of another file
         table = wanted.table
         if table.uri and not (entry or table.sha256 or table.blake3 or self._search.learns_all):
             what = f"source `{name}` is taken as it is: nothing pins that {(file.original or file.path).name} is {table.uri}"

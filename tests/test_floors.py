@@ -20,7 +20,7 @@ FLOORS = [
     {"ratio", "blend", "rehearse", "schema"},
     {"steps"},
     {"plan", "store", "emit", "facts"},
-    {"keys", "check", "supply", "contribution"},
+    {"keys", "check", "supply", "contribution", "testimony"},
     {"ancestry", "passes"},
     {"lineage"},
     {"merge", "manifest"},

@@ -112,7 +112,7 @@ def _stem(name: str) -> str:
 
 
 def _terms(claimed: Claimed) -> str:
-    said = [claimed.license, claimed.permissions, claimed.status]
+    said = [claimed.license, claimed.permissions, claimed.status, claimed.credit if claimed.license or claimed.permissions else ""]
     return json.dumps(said, sort_keys=True) if any(said) else ""
 
 

@@ -55,7 +55,7 @@ def license_command(target: Path, only: tuple[str, ...], models: tuple[Path, ...
         print_json({"target": str(target), "artifacts": [{"name": name, "terms": terms} for name, terms in said.items()]})
     else:
         click.echo("\n\n".join("\n".join(_shown(names, terms)) for names, terms in _grouped(said)))
-    return LicenceError.exit_code if any(terms["share"] == "no" for terms in said.values()) else 0
+    return LicenceError.exit_code if any(terms["share"] != "on-terms" for terms in said.values()) else 0
 
 
 def _of_recipe(recipe: Path, only: tuple[str, ...], models: tuple[Path, ...], store: Path | None, *, as_json: bool) -> dict[str, Terms]:
@@ -109,7 +109,7 @@ def _shown(names: Sequence[str], terms: Terms) -> Iterator[str]:
     if texts:
         yield "the texts"
     yield from (_line(f"  {title}  {url}") for title, url in texts)
-    yield terms["advice"]
+    yield _line(terms["advice"])
 
 
 def _together(reasons: Sequence[Mapping[str, Any]], component: str) -> dict[tuple[str, str], list[str]]:

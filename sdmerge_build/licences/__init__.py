@@ -7,7 +7,7 @@ from sdmerge_build.licences.ancestors import Ancestor, Conflict, Duty, Layer, Re
 from sdmerge_build.licences.catalog import Licence, licence_for_base_model, licence_named, licences, nearest_licences
 from sdmerge_build.licences.compose import ADVICE, POLICIES, Conclusion, conclude
 from sdmerge_build.licences.permissions import ATTACHMENT_B, Permissions, PermissionsError, read_permissions
-from sdmerge_build.licences.terms import PERMISSIVE, UNKNOWN, Cap, Terms, meet, meet_all
+from sdmerge_build.licences.terms import PERMISSIVE, UNKNOWN, Cap, Terms, meet, meet_all, tightened
 from sdmerge_build.licences.words import NAMES, in_words
 
 __all__ = [
@@ -39,5 +39,6 @@ __all__ = [
     "nearest_licences",
     "permissions_layer",
     "read_permissions",
+    "tightened",
     "unknown_layer",
 ]

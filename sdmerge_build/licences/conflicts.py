@@ -36,7 +36,10 @@ def conflicts(ancestors: Sequence[Ancestor], terms: Terms) -> tuple[Conflict, ..
 
 def declared_conflicts(declared: str, ancestors: Sequence[Ancestor], terms: Terms) -> Iterator[Conflict]:
     """C7: compare a declared licence, or several joined by AND, with what is concluded; also when it is not known at all."""
-    own = {name: layer.terms for _, layer in bindings(ancestors) if layer.id for name in (layer.id, layer.title)}
+    own: dict[str, Terms] = {}
+    for _, layer in bindings(ancestors):
+        for name in {layer.id, layer.title} if layer.id else ():
+            own[name] = meet_all([own.get(name, layer.terms), layer.terms])
     parts: list[Terms] = []
     for name in re.split(r"\s+AND\s+", declared.strip("() ")):
         licence = licence_named(name)

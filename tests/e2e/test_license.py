@@ -292,13 +292,22 @@ def test_the_author_decides_what_the_file_itself_tells(space: Space, extent):
 
 
 def test_what_contributes_nothing_is_listed_and_binds_nobody(space: Space):
-    """A parent whose ratio is nothing everywhere stands in the tree; its terms do not count, and with any ratio they do."""
-    cook(space, RAIL, licensed("CC-BY-NC-ND-4.0"))
+    """A parent whose ratio is nothing everywhere stands in the tree; its terms do not count, and with any ratio they do.
+
+    They do as well where tensors that only it has would be kept, and where it is the first, whose constants are copied.
+    """
+    cook(space, RAIL, licensed("CC-BY-NC-ND-4.0"), step='extra = "drop"')
     space.edit('formula = "0.3 * A + 0.7 * B"', 'method = "weighted_sum"\na = "A"\nb = "B"\nalpha = { base = 0.0, blocks = { IN00 = 0.0 } }')
     nothing = terms_of(space)
     space.edit("IN00 = 0.0", "IN00 = 0.01")
     something = terms_of(space)
+    space.edit("IN00 = 0.01", "IN00 = 0.0")
+    space.edit('extra = "drop"', "")
+    kept = terms_of(space)
+    space.edit("base = 0.0, blocks = { IN00 = 0.0 }", "base = 1.0")
+    first = terms_of(space)
 
+    assert (kept["share"], first["ancestor"][0]["contributes"]) == ("no", True)
     assert [(a["name"], a["contributes"]) for a in nothing["ancestor"]] == [("A", True), ("B", False)]
     assert (nothing["share"], something["share"]) == ("on-terms", "no")
 
@@ -388,3 +397,114 @@ def test_a_licence_text_that_is_not_there_is_an_error_before_the_build(space: Sp
     assert run.returncode == 2
     assert "recipe.toml:10: the licence file `nowhere.txt` of source `A` cannot be read" in run.stderr
     assert not (space.path / "cache").exists()
+
+
+CHILD = 'recipe = 1\narchitecture = "sd1"\n[source.{0}]\npath = "out/{0}.safetensors"\n[step.{1}]\nformula = "1.0 * {0}"\n'
+
+
+def test_what_parents_headers_say_binds_grandchildren(space: Space):
+    """Licences that only the parents' own headers name are handed on through every generation."""
+    cook(space, "", "")
+    for name, licence in (("A", "CC-BY-NC-4.0"), ("B", "CreativeML Open RAIL-M")):
+        space.checkpoint(name, checkpoints.miniature("sd1", name, every=40), {"format": "pt", "modelspec.license": licence})
+    space.build()
+    for parent, child in (("mix", "child"), ("child", "grandchild")):
+        space.write(f"{child}.toml", CHILD.format(parent, child))
+        terms = terms_of(space, f"{child}.toml")
+        assert terms["concluded"]["weights_commercial"] == "non-commercial"
+        assert terms["concluded"]["use_restrictions"]
+        assert terms["status"] == "claimed"
+        space.build(f"{child}.toml")
+
+
+@pytest.mark.parametrize("status", ["claimed", "known", "parents"])
+def test_a_lineage_without_a_word_about_terms_permits_nothing(space: Space, status):
+    """A header that names a parent and says no licence leaves it unknown, whatever it says of how well it is known."""
+    lineage = json.dumps({"lineage": 1, "sources": [{"name": "x", "status": status}]})
+    cook(space, RAIL, "")
+    space.checkpoint("B", checkpoints.miniature("sd1", "B", every=40), {"format": "pt", "sdbuild.lineage": lineage})
+
+    assert terms_of(space)["status"] == "unknown"
+
+
+@pytest.mark.parametrize("text", ["x" * (2 << 20), json.dumps({"lineage": 1, "sources": [{"name": str(n), "license": "mit"} for n in range(1001)]})])
+def test_a_lineage_that_is_not_read_whole_permits_nothing(space: Space, text):
+    """What is too long or names too many is not known, though what can be read of it is MIT; evidence for the file itself settles it."""
+    cook(space, RAIL, "")
+    metadata = {"format": "pt", "sdbuild.lineage": text, "modelspec.license": "MIT"}
+    space.checkpoint("B", checkpoints.miniature("sd1", "B", every=40), metadata)
+
+    assert terms_of(space)["status"] == "unknown"
+
+
+def test_a_lineage_that_was_left_out_permits_nothing(space: Space):
+    """With `lineage = "none"` a file says nothing of its parents, so whoever uses it has to."""
+    cook(space, licensed("CC-BY-4.0"), top='[release]\nlicense = "CC-BY-4.0 AND CreativeML Open RAIL-M"\nlineage = "none"')
+    space.build()
+    space.write("child.toml", CHILD.format("mix", "child"))
+    before = terms_of(space, "child.toml")
+    space.edit('path = "out/mix.safetensors"', f'path = "out/mix.safetensors"\n{licensed("CC-BY-4.0")}', name="child.toml")
+    after = terms_of(space, "child.toml")
+
+    assert (before["share"], after["share"]) == ("no", "on-terms")
+
+
+def test_a_licence_text_outside_the_recipes_folder_is_refused(space: Space):
+    """A recipe puts no other files of its reader into a release: not by an absolute path, not by dots, not by a link."""
+    (space.path / "secret.txt").write_text("mine", encoding="utf-8")
+    (space.path / "r").mkdir()
+    (space.path / "r" / "link.txt").symlink_to(space.path / "secret.txt")
+    for said in (str(space.path / "secret.txt"), "../secret.txt", "link.txt"):
+        recipe = RECIPE.format(a=f'{RAIL}\nlicense_file = "{said}"', b=RAIL, top="", step="")
+        space.write("r/recipe.toml", recipe)
+        run = space.sdbuild("r/recipe.toml", "--rehearse", "--release")
+        assert run.returncode == 2
+        assert "it must lie in the recipe's folder, or below" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "field", ['homepage = "https://me:hunter2@example.org/x"', 'evidence = { url = "https://example.org/?token=hunter2", date = 2026-11-01 }']
+)
+def test_addresses_with_secrets_are_refused(space: Space, field):
+    """What is published holds no login and no token, and the message does not repeat it."""
+    cook(space, f'license = "MIT"\n{field}')
+    run = space.sdbuild("recipe.toml")
+
+    assert run.returncode == 2
+    assert "holds a login or a token" in run.stderr
+    assert "hunter2" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('share = "on-terms"', 'share = "No"'),
+        ('share = "on-terms"', "share = 2026-01-01"),
+        ("contributes = true", "contributes = true\nnotes = 5"),
+        ("contributes = true", "contributes = true\nclaimed_by = []"),
+        ('kind = "', 'ancestors = 5\nkind_ = "'),
+    ],
+)
+def test_an_edited_manifest_is_no_reason_for_a_traceback(space: Space, old, new):
+    """What has not the form of terms is passed over, and only `on-terms` is success."""
+    cook(space)
+    space.build()
+    path = space.path / "out" / "mix.manifest.toml"
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    for flags in ((), ("--json",)):
+        run = space.sdbuild("license", "out/mix.safetensors", *flags)
+        assert run.returncode in {0, 3}
+        assert "Traceback" not in run.stderr
+        assert run.returncode == 3 or '"No"' not in run.stdout
+
+
+def test_with_keep_going_only_what_conflicts_is_left_out(space: Space):
+    """One artifact that cannot be released does not stop another."""
+    cook(space, RAIL, licensed("CC-BY-NC-ND-4.0"))
+    space.edit("[step.mix]", '[step.alone]\nformula = "1.0 * A"\n\n[step.mix]')
+    run = space.sdbuild("recipe.toml", "--release", "--keep-going")
+
+    assert run.returncode == 3
+    assert [path.name for path in sorted((space.path / "out" / "release").iterdir())] == ["alone"]
