@@ -96,10 +96,29 @@ def said_terms(table: SourceTable, facts: Facts) -> dict[str, Any]:
     return {key: value for key, value in said.items() if value}
 
 
+class _Same:
+    """Stands for an object, and is equal to what stands for the same one."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+    def __hash__(self) -> int:
+        return id(self.of)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.of is other.of
+
+
 def _testimony(plan: Plan, name: str, facts: Facts | None) -> Testimony:
     origin = plan.origins[name]
     table = origin.recipe.table.source[origin.name]  # what was said of the source itself, also where a stand-in takes its place
-    return Testimony(name, table, facts.terms if facts else {}, claims_of(facts.claims if facts else {}))
+    return _heard(name, _Same(table), _Same(facts))
+
+
+@functools.lru_cache(maxsize=1024)
+def _heard(name: str, table: _Same, facts: _Same) -> Testimony:
+    """Hear a source once, for however many artifacts."""
+    return Testimony(name, table.of, facts.of.terms if facts.of else {}, claims_of(facts.of.claims if facts.of else {}))
 
 
 def _ancestors(testimony: Testimony, family: str, notes: tuple[str, ...], *, contributes: bool) -> Iterator[Ancestor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdmerge_build.ancestry import licence_files, said_terms
-from sdmerge_build.claims import Claimed, read_claims
+from sdmerge_build.claims import Claimed
 from sdmerge_build.digest import blake3_hex
 from sdmerge_build.errors import printable
 from sdmerge_build.facts import Facts
@@ -25,6 +25,7 @@ from sdmerge_build.lineage import readable_formula
 from sdmerge_build.plan import Plan, Step
 from sdmerge_build.store import Stored
 from sdmerge_build.tensorfile import read_header
+from sdmerge_build.testimony import claims_of
 from sdmerge_build.tomltext import too_deep
 
 __all__ = ["described_in", "is_current", "manifest_of", "manifest_path", "state_of", "terms_in", "write_manifest"]
@@ -55,7 +56,7 @@ def manifest_of(
     claimed: list[dict[str, Any]] = []
     for name, share in zip(used, _shares(stored, len(used)), strict=True):
         sources.append({"name": name} | share | _source(plan, name, facts[name]))
-        claimed += [_claimed(name, entry) for entry in read_claims(facts[name].claims).ancestors]
+        claimed += [_claimed(name, entry) for entry in claims_of(facts[name].claims).ancestors]
     manifest: dict[str, Any] = {
         "manifest": VERSION,
         "artifact": _artifact(plan, step, stored) | ({"rehearsal": rehearsal} if rehearsal else {}),
