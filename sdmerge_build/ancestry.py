@@ -62,14 +62,14 @@ def ancestors_of(plan: Plan, step: Step, facts: Mapping[str, Facts]) -> list[Anc
     for name in plan.ancestors(step.name):
         if name in plan.sources:
             notes = () if name in facts else ("its file is not here, so what its header claims is not known",)
-            ancestors += _ancestors(_testimony(plan, name, facts.get(name)), plan.architecture.name, notes, contributes=name in used)
+            ancestors += _ancestors(_testimony(plan, name, facts.get(name)), notes, contributes=name in used)
     return ancestors
 
 
 def ancestors_of_file(name: str, metadata: Mapping[str, str]) -> list[Ancestor]:
     """List a file of which nothing but its header is known, and what that names."""
     testimony = Testimony(name, SourceTable(path=name), {}, claims_of(claims_in(metadata)))
-    return list(_ancestors(testimony, "", (), contributes=True))
+    return list(_ancestors(testimony, (), contributes=True))
 
 
 def handed_on(plan: Plan, name: str, facts: Facts) -> Iterator[dict[str, Any]]:
@@ -77,7 +77,7 @@ def handed_on(plan: Plan, name: str, facts: Facts) -> Iterator[dict[str, Any]]:
     testimony = _testimony(plan, name, facts)
     said = {key: value for key, value in said_terms(testimony.table, facts).items() if key in {"credit", "homepage", "evidence"}}
     said |= {"credit": testimony.credit} if testimony.credit else {}
-    for row in testimony.rows:
+    for row in _together(testimony.rows):
         yield {"name": name} | said | row
     for claimed in testimony.claims.ancestors:
         if claimed.said_in == "sdbuild.lineage" or claimed.license or claimed.permissions:
@@ -94,6 +94,13 @@ def said_terms(table: SourceTable, facts: Facts) -> dict[str, Any]:
     said["credit"] = table.credit or credit_of(facts.terms)
     said["homepage"] = table.homepage
     return {key: value for key, value in said.items() if value}
+
+
+def _together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write a licence and the permissions beside it as one row, where both are known equally well."""
+    if len(rows) == 2 and rows[0]["status"] == rows[1]["status"] and {*rows[0], *rows[1]} == {"license", "permissions", "status"}:
+        return [rows[0] | rows[1]]
+    return rows
 
 
 class _Same:
@@ -121,7 +128,7 @@ def _heard(name: str, table: _Same, facts: _Same) -> Testimony:
     return Testimony(name, table.of, facts.of.terms if facts.of else {}, claims_of(facts.of.claims if facts.of else {}))
 
 
-def _ancestors(testimony: Testimony, family: str, notes: tuple[str, ...], *, contributes: bool) -> Iterator[Ancestor]:
+def _ancestors(testimony: Testimony, notes: tuple[str, ...], *, contributes: bool) -> Iterator[Ancestor]:
     """Yield a source, then whom its header names."""
     yield Ancestor(
         name=testimony.name,
@@ -129,7 +136,7 @@ def _ancestors(testimony: Testimony, family: str, notes: tuple[str, ...], *, con
         contributes=contributes,
         credit=testimony.credit,
         homepage=testimony.page,
-        family=family,
+        family=testimony.family,
         notes=(*testimony.notes, *notes),
     )
     for parent in testimony.parents:
@@ -139,7 +146,7 @@ def _ancestors(testimony: Testimony, family: str, notes: tuple[str, ...], *, con
             contributes=contributes,
             credit=parent.claimed.credit,
             homepage=parent.claimed.homepage,
-            family=family,
+            family=testimony.family,
             claimed_by=testimony.name,
             notes=parent.notes,
         )

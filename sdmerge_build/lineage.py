@@ -147,7 +147,8 @@ def _lineage(plan: Plan, step: Step, described: Mapping[str, Description], facts
     for name in (name for name in names if name in plan.sources):
         bytes_of = {"tensors": described[name].key} | _conversion(facts[name])
         bytes_of |= plan.sources[name].model_dump(include={"sha256", "blake3", "uri"}, exclude_none=True)
-        sources += [row | (bytes_of if row["name"] == name else {}) for row in handed_on(plan, name, facts[name])]
+        first, *others = handed_on(plan, name, facts[name])
+        sources += [first | bytes_of, *others]
     steps = [{"name": name, "facts": dict(described[name].facts), "inputs": dict(described[name].inputs)} for name in names if name in plan.steps]
     return {"lineage": 1, "sources": sources, "steps": steps, "terms": {"license": terms.license, "share": terms.share}}
 

@@ -71,10 +71,13 @@ def write_manifest(path: Path, manifest: Mapping[str, Any], state: str) -> None:
     """Write a manifest by one rename; `state` names what it was computed from, and stands with the digest of the rest in its first line."""
     import tomli_w  # noqa: PLC0415  a build with nothing to do needs no writer
 
-    text = f"# Written by sdbuild: how this artifact was made, and of what.\n{tomli_w.dumps(dict(manifest))}".encode()
+    text = tomli_w.dumps(dict(manifest)).encode()
     with replacing(path) as file:
-        file.write(f"# {state} {blake3_hex(text)}\n".encode())
-        file.write(text)
+        file.write(_first_line(state, text) + b"\n" + text)
+
+
+def _first_line(state: str, text: bytes) -> bytes:
+    return f"# Written by sdbuild: how this artifact was made, and of what. Checksum {state} {blake3_hex(text)}".encode()
 
 
 def state_of(plan: Plan, stored: Stored, facts: Mapping[str, Facts], terms: Conclusion) -> str:
@@ -96,7 +99,7 @@ def is_current(path: Path, state: str) -> bool:
         first, _, rest = read_regular(path).partition(b"\n")
     except OSError:
         return False
-    return first == f"# {state} {blake3_hex(rest)}".encode()
+    return first == _first_line(state, rest)
 
 
 def described_in(path: Path) -> dict[str, Description]:

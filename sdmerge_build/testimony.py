@@ -75,12 +75,17 @@ class Testimony:
         self._hear_permissions()
         if self._is_incomplete and not self.table.evidence:
             self.notes.append("its header does not name all that it was made of")
-            self._hear(unknown_layer("its whole lineage is not known", source=HEADER), {"license": "unknown"})
+            self._hear(unknown_layer("its whole lineage is not known", source=HEADER), {})
 
     @property
     def credit(self) -> str:
         """Name whom to credit."""
         return self.table.credit or credit_of(self.hub) or self.claims.author
+
+    @property
+    def family(self) -> str:
+        """Name the foundation weights that a hub says it comes from: `SDXL` of `SDXL Turbo`; nothing where it says none."""
+        return _text(self.hub.get("baseModel")).partition(" ")[0]
 
     @property
     def page(self) -> str:
@@ -125,7 +130,7 @@ class Testimony:
             self._hear(_OF_PARENTS, {})
             self.rows[-1]["status"] = OF_PARENTS
         elif not self.layers:
-            self._hear(unknown_layer("no licence is said"), {"license": "unknown"})
+            self._hear(unknown_layer("no licence is said"), {})
 
     def _said(self) -> Iterator[tuple[str, str]]:
         """Yield who names which licence; a card that says `other` and no name says nothing, and neither does one beside evidence."""
@@ -170,7 +175,7 @@ class Testimony:
         if not hub and ours is None:
             if _is_on_civitai(self.table):
                 self.notes.append("what its author permits on Civitai is not known")
-                self._hear(unknown_layer(PERMISSIONS), {"license": "unknown"})
+                self._hear(unknown_layer(PERMISSIONS), {})
             return
         differs = bool(hub) and ours is not None and _parsed(hub) != _parsed(ours)
         if differs:
@@ -187,7 +192,7 @@ class Testimony:
             permissions = read_permissions(raw)
         except PermissionsError as error:
             self.notes.append(f"its permissions ({by}): {error}" + (f"; {error.hint}" if error.hint else ""))
-            self._hear(unknown_layer(PERMISSIONS, source=by), {"license": "unknown"})
+            self._hear(unknown_layer(PERMISSIONS, source=by), {})
             return
         self.notes += permissions.notes
         credit = ", ".join(filter(None, (self.credit or self.name, self.page)))

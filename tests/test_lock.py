@@ -419,7 +419,7 @@ def test_strange_texts_of_a_hub_neither_break_the_lock_nor_reach_the_terminal(sh
 
 
 def test_claims_are_locked_as_lineages_read_them(shop):
-    """What a header claims of its origin is in the lock; what is too long for a lineage is not."""
+    """What a header claims of its origin is in the lock; of what is too long to be read, that it is."""
     claim = json.dumps({HEX: {"name": "x"}})
     shop.put("claims.safetensors", model("claims", metadata=claim))
     shop.put("long.safetensors", model("long", metadata="x" * ((1 << 20) + 1)))
@@ -427,7 +427,10 @@ def test_claims_are_locked_as_lineages_read_them(shop):
     shop.lock()
     entries = shop.entries()
 
-    assert {name: dict(entry.claims) for name, entry in entries.items()} == {"claims": {"sd_merge_models": claim}, "long": {}}
+    assert {name: dict(entry.claims) for name, entry in entries.items()} == {
+        "claims": {"sd_merge_models": claim},
+        "long": {"sd_merge_models": "… 1048577 characters"},
+    }
     shop.build(locked=True)
 
 

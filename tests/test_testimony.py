@@ -6,8 +6,11 @@ import datetime as dt
 
 import pytest
 
+from sdmerge_build.ancestry import concluded
 from sdmerge_build.claims import read_claims
+from sdmerge_build.facts import Facts
 from sdmerge_build.licences import meet_all
+from sdmerge_build.plan import plan_file
 from sdmerge_build.recipe import Evidence, SourceTable
 from sdmerge_build.testimony import Testimony as Hearing
 
@@ -68,3 +71,21 @@ def test_everything_that_is_heard_is_handed_on():
     assert [row.get("license") for row in testimony.rows[:3]] == ["MIT", "CC-BY-NC-4.0", "LicenseRef-CreativeML-OpenRAIL-PP-M"]
     assert testimony.rows[-1]["permissions"]["allowDerivatives"] is False
     assert len(testimony.rows) == len(testimony.layers)
+
+
+def test_foundations_of_another_family_are_warned_of(tmp_path):
+    """Stability's community licence with weights that a hub says come from elsewhere is C9, a warning; with its own family it is none."""
+    text = 'recipe = 1\narchitecture = "sdxl"\n'
+    for name, licence in (("A", "Stability AI Community License"), ("B", "MIT")):
+        text += f'[source.{name}]\npath = "{name}.safetensors"\nlicense = "{licence}"\nevidence = {{ url = "https://e.org", date = 2026-11-01 }}\n'
+    (tmp_path / "r.toml").write_text(text + '[step.mix]\nformula = "0.5 * A + 0.5 * B"\n', encoding="utf-8")
+    plan = plan_file(tmp_path / "r.toml")
+
+    def found(base: str) -> list[tuple[str, str]]:
+        known = {"tensors": "0", "size": 1, "sha256": None, "blake3": None, "kind": "", "made": "", "claims": {}}
+        facts = {"A": Facts(**known, terms={"baseModel": "SDXL Turbo"}), "B": Facts(**known, terms={"baseModel": base})}
+        return [(c.id, c.level) for c in concluded(plan, plan.steps["mix"], facts).conflicts if c.id == "C9"]
+
+    assert found("AuraFlow") == [("C9", "warning")]
+    assert found("SDXL 1.0") == []
+    assert found("") == []

@@ -60,6 +60,8 @@ def test_a_recipe_is_built_from_two_hubs_and_then_offline_from_its_lock(shop):
     assert "fetching viewer-mix, MeinaPastel" in first.stderr
     locked = run(shop, "lock", "recipe.toml", "--allow-private")
     assert locked.returncode == 0, locked.stderr
+    relocked = run(shop, "recipe.toml", "--locked", "--offline")
+    assert "1 re-emitted" in relocked.stdout  # the hubs' terms, which the lock brought, are in the header now
     again = run(shop, "recipe.toml", "--locked", "--offline")
     assert again.returncode == 0, again.stderr
     assert "nothing to do" in again.stdout
