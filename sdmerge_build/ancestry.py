@@ -20,7 +20,7 @@ from sdmerge_build.files import read_regular
 from sdmerge_build.licences import Ancestor, Conclusion, conclude
 from sdmerge_build.plan import Plan, Step
 from sdmerge_build.recipe import SourceTable
-from sdmerge_build.testimony import OF_PARENTS, Testimony, claims_of, credit_of, permissions_of
+from sdmerge_build.testimony import OF_PARENTS, Testimony, claims_of, credit_of, licences_of, permissions_of
 
 __all__ = [
     "ancestors_of",
@@ -88,7 +88,7 @@ def handed_on(plan: Plan, name: str, facts: Facts) -> Iterator[dict[str, Any]]:
 
 def said_terms(table: SourceTable, facts: Facts) -> dict[str, Any]:
     """Gather what is said of a source's terms by its recipe, or else by the hub, in the recipe's words."""
-    said: dict[str, Any] = {"license": table.license or facts.terms.get("license")}
+    said: dict[str, Any] = {"license": table.license or " AND ".join(licences_of(facts.terms))}
     said["permissions"] = table.permissions or permissions_of(facts.terms)
     said["evidence"] = {"url": table.evidence.url, "date": table.evidence.date.isoformat()} if table.evidence else {}
     said["credit"] = table.credit or credit_of(facts.terms)

@@ -15,7 +15,7 @@ from typing import Any
 from sdmerge_build.ancestry import declared_license, handed_on
 from sdmerge_build.blend import Blend
 from sdmerge_build.check import Checked
-from sdmerge_build.claims import MAX_CLAIM, webui_models
+from sdmerge_build.claims import MAX_CLAIM, encodable, webui_models
 from sdmerge_build.digest import blake3_hex
 from sdmerge_build.facts import Facts
 from sdmerge_build.formula import relabelled
@@ -114,12 +114,7 @@ def _rounded(share: float) -> float:
 
 
 def _canonical(value: Any) -> str:
-    return _encodable(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
-
-
-def _encodable(text: str) -> str:
-    """Replace halves of characters, which JSON can spell and no file can hold."""
-    return text.encode("utf-8", "replace").decode()
+    return encodable(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
 
 
 def _concluded_license(terms: Conclusion) -> str:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from sdmerge_build.claims import Claimed, Claims, read_claims
 from sdmerge_build.licences import (
+    FLAGS,
     PERMISSIVE,
     Layer,
     Licence,
@@ -32,10 +33,9 @@ from sdmerge_build.recipe import SourceTable
 from sdmerge_build.sources import page_of
 from sdmerge_build.sources.uri import CivitaiAddress, UriError, parse_uri
 
-__all__ = ["OF_PARENTS", "Parent", "Testimony", "claims_of", "credit_of", "permissions_of"]
+__all__ = ["OF_PARENTS", "Parent", "Testimony", "claims_of", "credit_of", "licences_of", "permissions_of"]
 
 RECIPE, HUB, HEADER, BASE_MODEL = "the recipe", "the hub", "its own header", "Civitai's table of base models"
-FLAGS = ("allowNoCredit", "allowCommercialUse", "allowDerivatives", "allowDifferentLicense")
 PERMISSIONS = "permissions on Civitai"
 OF_PARENTS = "parents"
 """The status of a row whose terms are those of other rows, which are named after it."""
@@ -48,7 +48,7 @@ _HOSTS = ("civitai.com", "civitai.red", "civitai.green")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parent:
-    """An ancestor that a source's header names: what binds it, and the rows that hand this on."""
+    """An ancestor that a source's header names, and what binds it."""
 
     claimed: Claimed
     layers: tuple[Layer, ...]
@@ -133,9 +133,9 @@ class Testimony:
             self._hear(unknown_layer("no licence is said"), {})
 
     def _said(self) -> Iterator[tuple[str, str]]:
-        """Yield who names which licence; a card that says `other` and no name says nothing, and neither does one beside evidence."""
+        """Yield who names which licence; `other` without a name, which says nothing, does not count beside evidence."""
         of_header = self.claims.license.removesuffix(f" AND {PERMISSIONS}") if self._is_ours else self.claims.license
-        for text, by in ((self.table.license or "", RECIPE), *((text, HUB) for text in _hub_licences(self.hub)), (of_header, HEADER)):
+        for text, by in ((self.table.license or "", RECIPE), *((text, HUB) for text in licences_of(self.hub)), (of_header, HEADER)):
             if text and not (text.casefold() in _SILENT and by != RECIPE and self.table.evidence):
                 yield text, by
 
@@ -282,7 +282,7 @@ def _is_on_civitai(table: SourceTable) -> bool:
         return False
 
 
-def _hub_licences(hub: Mapping[str, Any]) -> list[str]:
+def licences_of(hub: Mapping[str, Any]) -> list[str]:
     """List the licences that a card on Hugging Face states; where an id is `other`, its name says more."""
     said = hub.get("license")
     texts = [text for text in (said if isinstance(said, list) else [said]) if isinstance(text, str) and text]

@@ -17,7 +17,7 @@ from sdmerge_build.claims.register import MAX_CLAIMS, Claimed, Register, hashes_
 from sdmerge_build.claims.text import MOST_MEMBERS, TooDeepError, cut, encodable, kept, line, parsed
 from sdmerge_build.digest import is_hex
 
-__all__ = ["CLAIMS", "MAX_CLAIM", "MAX_CLAIMS", "Claimed", "Claims", "read_claims", "webui_models"]
+__all__ = ["CLAIMS", "MAX_CLAIM", "MAX_CLAIMS", "Claimed", "Claims", "encodable", "read_claims", "webui_models"]
 
 CLAIMS = (
     *("sdbuild.lineage", "sd_merge_models", "sd_merge_recipe", "checkpoint", "lora", "mecha_recipe", "prompt", "workflow"),

@@ -6,13 +6,14 @@ Has never heard of files, recipes or hubs; it is told who the ancestors are and 
 from sdmerge_build.licences.ancestors import Ancestor, Conflict, Duty, Layer, Reason, licence_layer, permissions_layer, unknown_layer
 from sdmerge_build.licences.catalog import Licence, licence_for_base_model, licence_named, licences, nearest_licences
 from sdmerge_build.licences.compose import ADVICE, POLICIES, Conclusion, conclude
-from sdmerge_build.licences.permissions import ATTACHMENT_B, Permissions, PermissionsError, read_permissions
+from sdmerge_build.licences.permissions import ATTACHMENT_B, FLAGS, Permissions, PermissionsError, read_permissions
 from sdmerge_build.licences.terms import PERMISSIVE, UNKNOWN, Cap, Terms, meet, meet_all, tightened
 from sdmerge_build.licences.words import NAMES, in_words
 
 __all__ = [
     "ADVICE",
     "ATTACHMENT_B",
+    "FLAGS",
     "NAMES",
     "PERMISSIVE",
     "POLICIES",

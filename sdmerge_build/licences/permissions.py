@@ -15,7 +15,7 @@ from typing import Any
 from sdmerge_build.errors import named_briefly, nearest
 from sdmerge_build.licences.terms import HOSTS, Terms
 
-__all__ = ["ATTACHMENT_B", "Permissions", "PermissionsError", "read_permissions"]
+__all__ = ["ATTACHMENT_B", "FLAGS", "Permissions", "PermissionsError", "read_permissions"]
 
 ATTACHMENT_B = "LicenseRef-Civitai-AttachmentB-"
 FLAGS = ("allowNoCredit", "allowCommercialUse", "allowDerivatives", "allowDifferentLicense")
