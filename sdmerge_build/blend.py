@@ -5,7 +5,7 @@ Has never heard of recipes or tensors. A method that does anything but add, subt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
 from typing import Any
 
 from sdmerge_build.methods import Method
@@ -50,6 +50,17 @@ def blend_of(method: Method, models: Collection[int], count: int, params: Mappin
     symbols = [Blend({n: 1.0}) if n in models else None for n in range(count)]
     try:
         result = method.function(*symbols, **params)
-    except (TypeError, AttributeError):
+        if isinstance(result, Generator):
+            result = _outcome(result)
+    except Exception:  # noqa: BLE001  what a method makes of symbols is its own affair
         return None
     return result if isinstance(result, Blend) else None
+
+
+def _outcome(made: Generator[Any, Any, Any]) -> Any:
+    """Return what a measured method makes without having asked anything; None when it asks."""
+    try:
+        next(made)
+    except StopIteration as done:
+        return done.value
+    return None

@@ -21,10 +21,14 @@ from sdmerge_build.emit import reemit
 from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, joined
 from sdmerge_build.events import State, Watcher
 from sdmerge_build.files import Snapshot, as_space_error
+from sdmerge_build.keys import survey_key
 from sdmerge_build.lineage import shares_of
 from sdmerge_build.manifest import is_current, manifest_of, manifest_path, state_of, write_manifest
-from sdmerge_build.passes import Leaf, Output, Pass, plan_passes
+from sdmerge_build.methods import Findings
+from sdmerge_build.passes import Output, Pass, plan_passes
+from sdmerge_build.plan import Plan
 from sdmerge_build.prepare import Options, Prepared, Wish, gather, prepare, release_folder
+from sdmerge_build.programs import Apply, Leaf
 from sdmerge_build.supply import refuse_full_disk
 from sdmerge_build.tensorfile import Layout, lay_out, read_header
 from sdmerge_build.writer import Written
@@ -47,6 +51,7 @@ class Report:
     missing: Mapping[str, int]  # bytes that a plan would have to download, by source
     seconds: float
     warnings: Sequence[str]
+    plan: Plan
 
     @property
     def exit_code(self) -> int:
@@ -124,6 +129,8 @@ class _Run:
         self._checked: Checked | None = None
         self._layouts: dict[str, Layout] = {}
         self._passes: list[Pass] = []
+        self._leaves: dict[str, Leaf] = {}
+        self._keys: dict[str, str] = {}
         self._began = time.time()
 
     def _wishes(self, *states: State) -> list[Wish]:
@@ -159,6 +166,7 @@ class _Run:
                 leaves[wish.step.name] = Leaf(name=wish.step.name, path=wish.stored.path, header=read_header(wish.stored.path))
         keys = {name: name for name in (*prepared.plan.sources, *prepared.plan.steps)}  # of what stands on a source nobody has seen
         keys |= {name: description.key for name, description in prepared.described.items()}
+        self._leaves, self._keys = leaves, keys
         outputs = [
             Output(name=wish.step.name, layout=self._layouts[wish.step.name], nonfinite=wish.step.nonfinite) for wish in self._wishes(State.WANTED)
         ]
@@ -181,8 +189,9 @@ class _Run:
                 gather(self._prepared, is_plan=False)
                 self._checked = None
                 self.plan()
+            findings = self._survey(folder, torch)
             for walk in self._passes:
-                self._merge(walk, folder, torch)
+                self._merge(walk, findings, folder, torch)
 
     def _reemit(self, wish: Wish, folder: Path) -> bool:
         """Write a stored artifact's data behind a new header; when the data proves damaged, ask for it to be merged again."""
@@ -204,14 +213,34 @@ class _Run:
         self._commit(wish, target, written, State.EMITTED, stored.trace["versions"])
         return True
 
-    def _merge(self, walk: Pass, folder: Path, torch: _TorchImport) -> None:
+    def _survey(self, folder: Path, torch: _TorchImport) -> dict[str, Findings]:
+        """Find out what steps must know of whole models, parents first, unless the store knows it."""
+        plan, store = self._prepared.plan, self._prepared.store
+        evaluated = {value.step for walk in self._passes for program in walk.programs for value in program.values if isinstance(value, Apply)}
+        findings: dict[str, Findings] = {}
+        for step in plan.steps.values():
+            if step.method.survey is None or step.name not in evaluated:
+                continue
+            key = survey_key(step, self._keys, plan.architecture.fingerprint)
+            known = store.findings(key)
+            if known is None:
+                torch.module()
+                from sdmerge_build.surveys import conduct  # noqa: PLC0415  it imports torch
+
+                self._watcher.note(f"{step.name}: surveying its models")
+                known = dict(conduct(plan, self.check(), self._keys, self._leaves, step, findings, self._options.reach.jobs))
+                store.keep_findings(key, known, folder)
+            findings[step.name] = known
+        return findings
+
+    def _merge(self, walk: Pass, findings: Mapping[str, Findings], folder: Path, torch: _TorchImport) -> None:
         wishes = {wish.step.name: wish for wish in self._wishes(State.WANTED)}
         targets = [folder / f"{output.name}.safetensors" for output in walk.outputs]
         merge = torch.module()
         _check_unchanged(walk)
         names = [output.name for output in walk.outputs]
         self._watcher.started(", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} artifacts", walk.bytes_written)
-        results = merge.run(walk, targets, self._options.reach.jobs, self._watcher.advanced, keep_going=self._options.keep_going)
+        results = merge.run(walk, targets, findings, self._options.reach.jobs, self._watcher.advanced, keep_going=self._options.keep_going)
         self._watcher.finished()
         _check_unchanged(walk)
         versions = {"sdbuild": __version__, "torch": merge.torch.__version__}
@@ -277,6 +306,7 @@ class _Run:
             missing=dict(self._prepared.missing),
             seconds=seconds,
             warnings=tuple(self._checked.notes) if self._checked else (),
+            plan=self._prepared.plan,
         )
 
 

@@ -16,8 +16,8 @@ from sdmerge_build.dtypes import FLOATS, KEEP, MERGEABLE, promote
 from sdmerge_build.errors import Issue, named_briefly
 from sdmerge_build.files import readable_size
 from sdmerge_build.plan import Plan, Step
-from sdmerge_build.ratio import Ratio
 from sdmerge_build.tensorfile import Header, Spec
+from sdmerge_build.weights.ratio import Ratio
 
 __all__ = ["Checked", "Operation", "check"]
 
@@ -30,6 +30,8 @@ class Operation:
     """How one tensor of a step is made."""
 
     dtype: str  # of the result
+    shape: tuple[int, ...]  # of the result
+    area: tuple[int, ...]  # of what is computed; smaller than `shape` where only what models have in common is merged
     copied: int | None  # the input whose tensor this is, exactly; None when it is computed
     reads: tuple[int, ...]  # the inputs that matter
     params: Mapping[str, Any]  # numbers for this tensor
@@ -74,8 +76,8 @@ def _architecture_issues(plan: Plan, name: str, header: Header) -> Iterator[Issu
     if any(tensor.startswith(("lora_", "lycoris_")) or ".lora_" in tensor for tensor in header.tensors):
         yield Issue(where=where, what=f"source `{name}` is a LoRA, not a {wanted.title} checkpoint")
         return
-    lacking = [tensor for tensor in wanted.present if tensor not in header.tensors]
-    what = f"source `{name}` is not a {wanted.title} checkpoint: it lacks {named_briefly(lacking)}"
+    lacking = wanted.lacking(header.tensors)
+    what = f"source `{name}` is not a {wanted.title} checkpoint{f': it lacks {named_briefly(lacking)}' if lacking else ''}"
     yield Issue(where=where, what=what, hint='any safetensors file can be merged with `architecture = "generic"`')
 
 
@@ -99,8 +101,7 @@ class _StepChecker:
         for name in sorted(set().union(*self._inputs)):
             operation = self._operation(name) if self._is_selected(name) else None
             if operation:
-                shape = self._inputs[operation.reads[0]][name].shape
-                tensors[name] = Spec(name, operation.dtype, shape)
+                tensors[name] = Spec(name, operation.dtype, operation.shape)
                 operations[name] = operation
         self._find_idle_patterns()
         if not tensors and not self._complaints:
@@ -135,8 +136,8 @@ class _StepChecker:
         if len(holders) < len(self._inputs):
             return self._incomplete(name, holders, specs[0])
         if self._plan.architecture.is_constant(name):
-            return _copy_of(0, specs[0].dtype)
-        if len({spec.shape for spec in specs}) > 1:
+            return _copy_of(0, specs[0], specs[0].dtype)
+        if len({spec.shape for spec in specs}) > 1 and (not _overlap(specs)[0] or self._step.mismatch in {"error", "keep"}):
             if self._step.mismatch == "keep":
                 self._keep(f"takes unmerged from `{self._step.inputs[0]}` what has other shapes elsewhere", name)
                 return self._copy(name, 0, specs[0])
@@ -162,7 +163,7 @@ class _StepChecker:
             )
             return self._complain(f"needs tensors that {lacking} lacks", name, advice)
         if architecture.is_constant(name):
-            return _copy_of(holders[0], spec.dtype)
+            return _copy_of(holders[0], spec, spec.dtype)
         self._keep(f"takes from `{holder}` what {lacking} lacks", name)
         return self._copy(name, holders[0], spec)
 
@@ -177,11 +178,9 @@ class _StepChecker:
             return f"mixes architectures ({shown}), so shapes differ", name, ""
         shapes = " and ".join("×".join(map(str, spec.shape)) or "scalar" for spec in specs)
         is_input = name.endswith("input_blocks.0.0.weight")
-        hint = (
-            'nine input channels belong to an inpainting model; `mismatch = "keep"` takes that tensor unmerged from the first model'
-            if is_input and any(s.shape[1:2] == (9,) for s in specs)
-            else ""
-        )
+        wide = {9: "nine input channels belong to an inpainting model", 8: "eight input channels belong to an instruct-pix2pix model"}
+        known = next((text for channels, text in wide.items() if any(spec.shape[1:2] == (channels,) for spec in specs)), "")
+        hint = f'{known}; `mismatch = "overlap"` merges the channels that all have, `"keep"` takes the first model\'s' if is_input and known else ""
         return f"has models of different shapes ({shapes})", name, hint
 
     def _whole_numbers(self, name: str, specs: Sequence[Spec]) -> Operation:
@@ -189,7 +188,7 @@ class _StepChecker:
         params = {key: _for_tensor(value, name, self._plan) for key, value in self._step.params.items()}
         blend, reads = _shares(self._step, len(specs), params)
         source = reads[0] if blend and len(reads) == 1 and blend[reads[0]] == 1 else 0
-        return _copy_of(source, specs[source].dtype)
+        return _copy_of(source, specs[source], specs[source].dtype)
 
     def _merge(self, name: str, specs: Sequence[Spec]) -> Operation | None:
         step = self._step
@@ -205,24 +204,47 @@ class _StepChecker:
         blend, reads = self._blends[key]
         if not reads:
             return self._complain("takes nothing from any model: every share is 0", name)
+        shapes = [spec.shape for spec in specs]
+        if len(set(shapes)) > 1:
+            return self._merge_overlap(name, specs, params)
         if blend and len(reads) == 1 and blend[reads[0]] == 1:
             return self._copy(name, reads[0], specs[reads[0]])
-        dtype = step.dtype
+        dtype = self._dtype(name, specs)
+        if dtype is None:
+            return None
+        return Operation(dtype=dtype, shape=shapes[0], area=shapes[0], copied=None, reads=reads, params=params, blend=blend)
+
+    def _merge_overlap(self, name: str, specs: Sequence[Spec], params: Mapping[str, Any]) -> Operation | None:
+        """Merge models of which some have more channels: what all have, the rest being the widest's; or as if the others had zeros there."""
+        widest, common = _overlap(specs)
+        dtype = self._dtype(name, specs)
+        if dtype is None:
+            return None
+        if self._step.mismatch == "overlap":
+            holder = next(n for n, spec in enumerate(specs) if spec.shape == widest)
+            self._keep(f"merges what shapes have in common, and takes the rest from `{self._step.inputs[holder]}`", name)
+        area = common if self._step.mismatch == "overlap" else widest
+        return Operation(dtype=dtype, shape=widest, area=area, copied=None, reads=tuple(range(len(specs))), params=params, blend=None)
+
+    def _dtype(self, name: str, specs: Sequence[Spec]) -> str | None:
+        """Decide the dtype of a tensor that is computed."""
+        dtype = self._step.dtype.of(self._plan.architecture.component_of(name))
         if dtype == KEEP:
             dtype = specs[0].dtype
             for spec in specs[1:]:
                 dtype = promote(dtype, spec.dtype)
-            if dtype not in {"F16", "BF16", "F32", "F64"}:
+            if dtype not in MERGEABLE:
                 return self._complain(f"cannot round to {dtype}", name, "say a `dtype`")
-        return Operation(dtype=dtype, copied=None, reads=reads, params=params, blend=blend)
+        return dtype
 
     def _copy(self, name: str, source: int, spec: Spec) -> Operation | None:
         """Take one input's tensor; fractions still become the step's dtype."""
-        if spec.dtype not in FLOATS or self._step.dtype in {KEEP, spec.dtype}:
-            return _copy_of(source, spec.dtype)
+        dtype = self._step.dtype.of(self._plan.architecture.component_of(name))
+        if spec.dtype not in FLOATS or dtype in {KEEP, spec.dtype}:
+            return _copy_of(source, spec, spec.dtype)
         if spec.dtype not in MERGEABLE:
             return self._complain(f"cannot convert {spec.dtype}", name)
-        return _copy_of(source, self._step.dtype)
+        return _copy_of(source, spec, dtype)
 
     def _warn_of_shares(self) -> None:
         """Note shares that do not sum to 1, and ratios far out: meant, perhaps, but the weights will not have the size of a model's."""
@@ -245,7 +267,7 @@ class _StepChecker:
 def _patterns(value: Any) -> Iterator[str]:
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, Ratio):
-            yield from (glob for glob, _ in item.rules)
+            yield from item.globs()
         elif isinstance(item, str) and isinstance(value, tuple):
             yield item
 
@@ -263,8 +285,18 @@ def _shares(step: Step, count: int, params: Mapping[str, Any]) -> tuple[Blend | 
     return blend, everyone
 
 
-def _copy_of(source: int, dtype: str) -> Operation:
-    return Operation(dtype=dtype, copied=source, reads=(source,), params={}, blend=Blend({source: 1.0}))
+def _copy_of(source: int, spec: Spec, dtype: str) -> Operation:
+    return Operation(dtype=dtype, shape=spec.shape, area=spec.shape, copied=source, reads=(source,), params={}, blend=Blend({source: 1.0}))
+
+
+def _overlap(specs: Sequence[Spec]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Find the widest of several shapes and what all have in common; two empty ones when none holds all the others."""
+    shapes = {spec.shape for spec in specs}
+    if len({len(shape) for shape in shapes}) > 1:
+        return (), ()
+    widest = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+    common = tuple(min(sizes) for sizes in zip(*shapes, strict=True))
+    return (widest, common) if widest in shapes else ((), ())
 
 
 def _for_tensor(value: Any, tensor: str, plan: Plan) -> Any:

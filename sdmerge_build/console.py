@@ -6,11 +6,13 @@ Has never heard of how anything is built; it is told, and prints. Results go to 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sdmerge_build.bars import Style, bars, ratios_as_json
 from sdmerge_build.build import Report
 from sdmerge_build.errors import Issue
 from sdmerge_build.events import State, Watcher
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Live", "Plain", "issues_as_json", "print_issues", "print_json", "report_as_json", "report_as_text", "watcher_for"]
 
 _MOST_NAMED = 4  # artifacts of which the texts say the same
+_PLAIN_WIDTH = 80  # of bars in logs and pipes
 _PLANNED = {State.WANTED: "build", State.EMITTED: "re-emit", State.REUSED: "reuse"}
 _DONE = {State.REUSED: "up to date", State.EMITTED: "re-emitted", State.BUILT: "built", State.FAILED: "failed", State.BLOCKED: "blocked"}
 
@@ -119,9 +122,23 @@ def report_as_text(report: Report, *, is_plan: bool, explains: bool) -> Iterator
         yield line.rstrip()
         if explains or is_plan:
             yield from (f"    {reason}" for reason in wish.reasons or ["unchanged since it was built"])
+    if explains:
+        yield from bars(report.plan, _style())
     yield from (f"released  {wish.step.name}: {wish.released}" for wish in report.wishes if wish.released)
     yield from _terms(report)
     yield _summary(report, is_plan=is_plan)
+
+
+def _style() -> Style:
+    """Choose what bars are drawn with: blocks where a terminal can show them, plain signs elsewhere."""
+    if not sys.stdout.isatty():
+        return Style(width=_PLAIN_WIDTH, bar="#", zero="|")
+    width = shutil.get_terminal_size().columns
+    try:
+        "█│".encode(sys.stdout.encoding)
+    except UnicodeError:
+        return Style(width=width, bar="#", zero="|")
+    return Style(width=width, bar="█", zero="│")
 
 
 def _terms(report: Report) -> Iterator[str]:
@@ -159,7 +176,7 @@ def _artifacts(count: int) -> str:
     return f"{count} artifact{'s' if count != 1 else ''}"
 
 
-def report_as_json(report: Report, *, is_plan: bool) -> dict[str, Any]:
+def report_as_json(report: Report, *, is_plan: bool, explains: bool) -> dict[str, Any]:
     """Turn a report into what a program can read."""
     words = {state: state.value for state in State} | (_PLANNED if is_plan else {})
     return {
@@ -170,7 +187,7 @@ def report_as_json(report: Report, *, is_plan: bool) -> dict[str, Any]:
         "bytes_written": report.bytes_written,
         "seconds": round(report.seconds, 3),
         "warnings": list(report.warnings),
-    }
+    } | ({"ratios": ratios_as_json(report.plan)} if explains else {})
 
 
 def _wish_as_json(wish: Wish, state: str, *, is_plan: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sdmerge_build.blend import blend_of
 from sdmerge_build.plan import Plan, Step
-from sdmerge_build.ratio import Ratio
+from sdmerge_build.weights.ratio import Ratio
 
 __all__ = ["contributors"]
 
@@ -53,11 +53,11 @@ def _contributing(plan: Plan, step: Step) -> Iterator[str]:
 
 
 def _points(plan: Plan, step: Step) -> list[dict[str, Any]] | None:
-    """List every combination of ratios that a tensor may meet: aligned by block, and with rules, any value with any other."""
+    """List every combination of ratios that a tensor may meet: aligned by block, and where names decide, any value with any other."""
     ratios = [r for value in step.params.values() for r in (value if isinstance(value, tuple) else (value,)) if isinstance(r, Ratio)]
     blocks = [*plan.architecture.blocks, *plan.architecture.parts]
-    if any(ratio.rules for ratio in ratios):
-        choices = [sorted({r.base, *r.blocks.values(), *(v for _, v in r.rules)}) for r in ratios]
+    if any(ratio.reads_names for ratio in ratios):
+        choices = [sorted(ratio.values()) for ratio in ratios]
         if math.prod(map(len, choices)) > MOST_POINTS:
             return None
         rows = list(itertools.product(*choices))
@@ -68,7 +68,7 @@ def _points(plan: Plan, step: Step) -> list[dict[str, Any]] | None:
 
 def _of_block(ratio: Ratio, block: str, plan: Plan) -> float:
     owner = plan.architecture.parts[block][0] if block in plan.architecture.parts else block
-    return ratio.blocks.get(block, ratio.blocks.get(owner, ratio.base))
+    return ratio.at(owner, block)
 
 
 def _filled(params: Mapping[str, Any], values: Iterator[float]) -> dict[str, Any]:

@@ -6,16 +6,19 @@ addresses and thread counts never get here.
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from sdmerge_build.digest import Digest, Sink, Transcript
 from sdmerge_build.formula import relabelled
 from sdmerge_build.plan import Plan, Step
-from sdmerge_build.ratio import Ratio
+from sdmerge_build.weights.ratio import Ratio
 
-__all__ = ["Description", "Facts", "artifact_key", "describe", "describe_all", "differences"]
+__all__ = ["Description", "Facts", "artifact_key", "describe", "describe_all", "differences", "survey_key"]
 
 ENGINE = 1
 """Raised when `merge` would make other tensors from the same description."""
@@ -41,7 +44,9 @@ def describe(step: Step, plan: Plan, keys: Mapping[str, str], sink: Sink) -> Non
     sink.fact("engine", str(ENGINE))
     sink.fact("architecture", plan.architecture.fingerprint)
     sink.fact("method", step.method.identity)
-    sink.fact("dtype", step.dtype)
+    if step.method.pinned:
+        sink.fact("machine", _machine())
+    sink.fact("dtype", str(step.dtype))
     sink.fact("compute", step.compute)
     for policy in ("missing", "extra", "mismatch", "nonfinite"):
         sink.fact(policy, getattr(step, policy))
@@ -50,6 +55,26 @@ def describe(step: Step, plan: Plan, keys: Mapping[str, str], sink: Sink) -> Non
             sink.fact(f"param.{name}{suffix}", text)
     for role, name in zip(step.roles, step.inputs, strict=True):
         sink.fact(f"input.{role}", keys[name])
+
+
+def survey_key(step: Step, keys: Mapping[str, str], fingerprint: str) -> str:
+    """Return the key of what a step's survey finds: of its models, the rules by which tensors are merged, and what it asks for."""
+    survey = step.method.survey
+    assert survey, "BUG: only a method with a survey has findings"
+    digest = Digest()
+    digest.fact("engine", str(ENGINE))
+    digest.fact("architecture", fingerprint)
+    digest.fact("survey", f"{survey.name}@{survey.version}")
+    digest.fact("origin", step.method.origin)
+    digest.fact("compute", step.compute)
+    for policy in ("missing", "extra", "mismatch"):
+        digest.fact(policy, getattr(step, policy))
+    for name in survey.parameters:
+        for suffix, text in _param_facts(step.params[name]):
+            digest.fact(f"param.{name}{suffix}", text)
+    for role, name in zip(step.roles, step.inputs, strict=True):
+        digest.fact(f"input.{role}", keys[name])
+    return digest.hexdigest()
 
 
 def describe_all(plan: Plan, source_digests: Mapping[str, str]) -> dict[str, Description]:
@@ -91,6 +116,12 @@ def differences(old: Mapping[str, Description], new: Mapping[str, Description], 
         done.add((before, after))
         yield from (f"{after}: {text}" if after != name else text for text in _changed_facts(was, now))
         stack += [(was.inputs[role], parent) for role, parent in reversed(list(now.inputs.items())) if role in was.inputs]
+
+
+@functools.cache
+def _machine() -> str:
+    """Name what a pinned method's bytes are promised for: the version of torch, and the kind of processor."""
+    return f"torch {version('torch')} on {platform.machine().lower().replace('amd64', 'x86_64')}"
 
 
 def _changed_facts(was: Description, now: Description) -> Iterator[str]:

@@ -22,6 +22,7 @@ from sdmerge_build.formula import relabelled
 from sdmerge_build.keys import Description
 from sdmerge_build.licences import Conclusion
 from sdmerge_build.plan import Plan, Step
+from sdmerge_build.weights.ratio import Ratio
 
 __all__ = ["Share", "metadata_of", "readable_formula", "shares_of"]
 
@@ -162,11 +163,11 @@ def _webui_recipe(plan: Plan, step: Step) -> dict[str, Any]:
         "type": "sdbuild",
         "custom_name": step.title,
         "interp_method": step.method.name,
-        "multiplier": alpha.base if alpha and not alpha.blocks and not alpha.rules else None,
+        "multiplier": alpha.base if isinstance(alpha, Ratio) and alpha.is_number else None,
         "primary_model_hash": pins[0],
         "secondary_model_hash": pins[1],
         "tertiary_model_hash": pins[2],
-        "save_as_half": step.dtype == "F16",
+        "save_as_half": str(step.dtype) == "F16",
     }
 
 

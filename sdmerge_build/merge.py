@@ -17,29 +17,24 @@ from typing import BinaryIO
 import torch
 
 from sdmerge_build.dtypes import ITEMSIZE
-from sdmerge_build.errors import IntegrityError, Issue, SdbuildError
-from sdmerge_build.passes import Apply, Batch, Load, Pass, Program, Round, Slice
+from sdmerge_build.errors import Issue, SdbuildError
+from sdmerge_build.evaluate import EIGHT_BITS, LARGEST, TORCH, Evaluator, Stopped, read_slice
+from sdmerge_build.methods import Findings
+from sdmerge_build.passes import Batch, Pass, Slice
+from sdmerge_build.programs import Load, Program
 from sdmerge_build.writer import Buffers, Writer, Written
 
-__all__ = ["rounded", "run"]
+__all__ = ["run"]
 
-TORCH = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Dtypes that are computed with; all others are moved as bytes."""
-
-_EIGHT_BITS = {torch.float8_e4m3fn, torch.float8_e5m2}
-_LARGEST = {"F16": 65504.0, "BF16": 3.3895e38, "F32": 3.4028e38, "F64": 1.7977e308}
 _POLL_SECONDS = 0.1
 
 
-def run(walk: Pass, targets: Sequence[Path], jobs: int, advanced: Callable[[int], None], *, keep_going: bool) -> list[Written | SdbuildError]:
+def run(
+    walk: Pass, targets: Sequence[Path], findings: Mapping[str, Findings], jobs: int, advanced: Callable[[int], None], *, keep_going: bool
+) -> list[Written | SdbuildError]:
     """Walk a pass with `jobs` threads, writing its outputs to `targets`, which must not exist; return what was written, or why not.
+
+    `findings` are those of the surveys that its steps ask for, by step.
 
     Raises the first error unless `keep_going`, and then only those that concern every output. The files are complete and on disk when it returns.
     """
@@ -48,7 +43,7 @@ def run(walk: Pass, targets: Sequence[Path], jobs: int, advanced: Callable[[int]
     sizes = [max((batch.regions[n][1] for batch in walk.batches), default=0) for n in range(len(walk.outputs))]
     files = [(target, output.layout) for target, output in zip(targets, walk.outputs, strict=True)]
     with Writer(files, sizes, spare=jobs + 2) as writer:
-        walker = _Walker(walk, writer, advanced, keep_going=keep_going)
+        walker = _Walker(walk, findings, writer, advanced, keep_going=keep_going)
         threads = [threading.Thread(target=walker.work, daemon=True) for _ in range(jobs)]
         for thread in threads:
             thread.start()
@@ -58,6 +53,7 @@ def run(walk: Pass, targets: Sequence[Path], jobs: int, advanced: Callable[[int]
                     thread.join(_POLL_SECONDS)  # in short waits, so that Ctrl-C is heard
         except BaseException:
             writer.stop()
+            walker.stop()
             for thread in threads:
                 thread.join()
             raise
@@ -65,22 +61,6 @@ def run(walk: Pass, targets: Sequence[Path], jobs: int, advanced: Callable[[int]
             raise writer.failure
         written = writer.finish()
     return [walker.failures.get(n, result) for n, result in enumerate(written)]
-
-
-def rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round to another dtype, once, to nearest even.
-
-    torch goes from float64 to 16 bits by way of float32, which rounds twice; here that middle step rounds to odd, which is harmless
-    (Boldo and Melquiond, "When double rounding is odd", 2004).
-    """
-    if value.dtype is torch.float64 and dtype in {torch.float16, torch.bfloat16}:
-        near = value.to(torch.float32)
-        bits = near.view(torch.int32)
-        inexact = near.to(torch.float64) != value
-        outwards = near.to(torch.float64).abs() > value.abs()
-        bits = torch.where(inexact, torch.where(outwards, bits - 1, bits) | 1, bits)
-        value = bits.view(torch.float32)
-    return value.to(dtype)
 
 
 def _keep_freed_memory() -> None:
@@ -99,7 +79,7 @@ def _keep_freed_memory() -> None:
 class _Walker:
     """The work that every thread does until no batch is left."""
 
-    def __init__(self, walk: Pass, writer: Writer, advanced: Callable[[int], None], *, keep_going: bool) -> None:
+    def __init__(self, walk: Pass, findings: Mapping[str, Findings], writer: Writer, advanced: Callable[[int], None], *, keep_going: bool) -> None:
         self._walk = walk
         self._writer = writer
         self._advanced = advanced
@@ -107,6 +87,7 @@ class _Walker:
         self._queue = iter(enumerate(walk.batches))
         self._lock = threading.Lock()
         self._dtypes = [{spec.name: spec.dtype for spec in output.layout.specs} for output in walk.outputs]
+        self._evaluator = Evaluator(walk.programs, walk.architecture, findings)
         self.failures: dict[int, SdbuildError] = {}
 
     def work(self) -> None:
@@ -123,8 +104,15 @@ class _Walker:
                     self._writer.write(outputs, buffers)
                     self._writer.done(buffers)
                     self._advanced(sum(length for _, length in batch.regions))
+        except Stopped:
+            pass
         except BaseException as error:  # noqa: BLE001  raised by `run`
             self._writer.stop(error)
+            self.stop()
+
+    def stop(self) -> None:
+        """Wake those who wait for others' arithmetic."""
+        self._evaluator.stopped.set()
 
     def _take(self) -> tuple[Batch, Buffers] | None:
         """Take the next batch and memory for it, under one lock: taken out of order, later batches could hold all memory and wait for ever."""
@@ -141,32 +129,18 @@ class _Walker:
         program = self._walk.programs[piece.program]
         targets = [self._target(program, emit.output, emit.start, piece, buffers) for emit in program.emits]
         first_use = {emit.value: target for emit, target in zip(reversed(program.emits), reversed(targets), strict=True)}
-        values: dict[int, torch.Tensor] = {}
-        wide: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-        for n, value in enumerate(program.values):
-            match value:
-                case Load():
-                    values[n] = _read(files, value, piece)
-                case Round(arg, dtype):
-                    values[n] = rounded(values[arg], TORCH[dtype]) if dtype in TORCH else values[arg]
-                case Apply(function, args, params, compute, dtype):
-                    models = [None if a is None else _widened(a, values, compute, wide) for a in args]
-                    result = function(*models, **params)
-                    target = first_use.get(n)
-                    values[n] = rounded(result, TORCH[dtype]) if target is None else _put(result, target)
-            for dead in program.last_used[n]:
-                del values[dead]
-                wide = {key: tensor for key, tensor in wide.items() if key[0] != dead}
+        values = self._evaluator.evaluate(piece.program, piece.start, piece.count, files, first_use.keys(), first_use)
         for emit, target in zip(program.emits, targets, strict=True):
             if target is not values[emit.value]:
                 target.copy_(values[emit.value])
+        self._evaluator.release(piece.program, piece.count)
 
     def _check(self, batch: Batch, buffers: Buffers, files: Sequence[BinaryIO]) -> None:
         """Refuse values that are not finite: region by region, and tensor by tensor only where dtypes change or something is found."""
         for n, output in enumerate(self._walk.outputs):
             emitted = [(piece, emit) for piece in batch.slices for emit in self._walk.programs[piece.program].emits if emit.output == n]
             dtypes = {self._dtypes[n][self._walk.programs[piece.program].tensor] for piece, _ in emitted}
-            if output.nonfinite != "error" or n in self.failures or not dtypes:
+            if output.nonfinite == "allow" or n in self.failures or not dtypes:
                 continue
             if len(dtypes) == 1 and _is_finite(_tensor(buffers.views[n][: batch.regions[n][1]], *dtypes)):
                 continue
@@ -187,14 +161,16 @@ class _Walker:
             return
         name = self._walk.outputs[output].name
         culprits = [
-            self._walk.leaves[value.leaf].name for value in program.values if isinstance(value, Load) and not _is_finite(_read(files, value, piece))
+            self._walk.leaves[value.leaf].name
+            for value in program.values
+            if isinstance(value, Load) and not _is_finite(read_slice(files, value, *_part_of(value, program, piece)))
         ]
         dtype = self._dtypes[output][program.tensor]
         if culprits:
             what = f"artifact `{name}`: tensor `{program.tensor}` of `{culprits[0]}` holds values that are infinite or not numbers"
             hint = 'the file is damaged, or was merged beyond what its dtype holds; `nonfinite = "allow"` passes such values on'
         else:
-            what = f"artifact `{name}`: tensor `{program.tensor}` becomes larger than {dtype} holds ({_LARGEST.get(dtype, 0):g})"
+            what = f"artifact `{name}`: tensor `{program.tensor}` becomes larger than {dtype} holds ({LARGEST.get(dtype, 0):g})"
             hint = 'use a wider `dtype`, or smaller ratios; `nonfinite = "allow"` writes infinities'
         error = SdbuildError(Issue(what=what, hint=hint))
         with self._lock:
@@ -208,43 +184,14 @@ def _tensor(data: memoryview, dtype: str) -> torch.Tensor:
     return torch.frombuffer(data, dtype=TORCH.get(dtype, torch.uint8))
 
 
-def _read(files: Sequence[BinaryIO], value: Load, piece: Slice) -> torch.Tensor:
-    """Read a slice of a stored tensor."""
-    file, width = files[value.leaf], ITEMSIZE[value.dtype]
-    torch_dtype = TORCH.get(value.dtype, torch.uint8)
-    tensor = torch.empty(piece.count * width // torch_dtype.itemsize, dtype=torch_dtype)
-    view = memoryview((ctypes.c_ubyte * (piece.count * width)).from_address(tensor.data_ptr())).cast("B")
-    file.seek(value.start + piece.start * width)
-    have = 0
-    while have < len(view):
-        count = file.readinto(view[have:])  # type: ignore[attr-defined]  # raw files have it
-        if not count:
-            raise IntegrityError(Issue(where=str(file.name), what="the file became shorter while it was being read"))
-        have += count
-    return tensor
-
-
-def _widened(arg: int, values: Mapping[int, torch.Tensor], compute: str, wide: dict[tuple[int, torch.dtype], torch.Tensor]) -> torch.Tensor:
-    """Give a value the dtype that arithmetic is done in; converted once for all who use it."""
-    value = values[arg]
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(compute, value.dtype)
-    if dtype in _EIGHT_BITS:
-        dtype = torch.float32  # no arithmetic is defined on eight bits
-    if dtype is value.dtype:
-        return value
-    if (arg, dtype) not in wide:
-        wide[arg, dtype] = value.to(dtype)
-    return wide[arg, dtype]
-
-
-def _put(result: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Round a result into its target, once."""
-    return target.copy_(rounded(result, target.dtype) if result.dtype is torch.float64 else result)
+def _part_of(value: Load, program: Program, piece: Slice) -> tuple[int, int]:
+    """Find which elements of a stored tensor a slice reads: all, where its shape is another than the result's."""
+    return (piece.start, piece.count) if value.numel == program.numel else (0, value.numel)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor holds numbers only; the extremes of a tensor with a NaN are NaN."""
     if not tensor.is_floating_point():
         return True
-    low, high = torch.aminmax(tensor.to(torch.float32) if tensor.dtype in _EIGHT_BITS else tensor)
+    low, high = torch.aminmax(tensor.to(torch.float32) if tensor.dtype in EIGHT_BITS else tensor)
     return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import networkx as nx
 
-from sdmerge_build.architectures import ARCHITECTURES, Architecture, architecture_named
-from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest, printable
+from sdmerge_build.architectures import ARCHITECTURES, Architecture, architecture_named, architecture_names, is_architecture
+from sdmerge_build.errors import IntegrityError, Issue, RecipeError, in_file_order, nearest, printable
+from sdmerge_build.methods import Method
+from sdmerge_build.methods.own import OwnError, methods_in
 from sdmerge_build.recipe import FormError, Recipe, SourceTable, read_recipe
 from sdmerge_build.sources import UriError, page_of
 from sdmerge_build.sources.uri import RecipeAddress, parse_uri
@@ -77,13 +79,13 @@ class Plan:
         return list(found)
 
 
-def plan_file(path: Path, only: Collection[str] = ()) -> Plan:
-    """Read and plan a recipe and those it names.
+def plan_file(path: Path, only: Collection[str] = (), *, locked: bool = False) -> Plan:
+    """Read and plan a recipe and those it names; with `locked`, no file of methods is run that is not pinned.
 
     Raises `RecipeError` with everything that is wrong with their form and their meaning, file by file, the root first.
     """
     issues: list[Issue] = []
-    return _planned(_read(path, issues), only, issues)
+    return _planned(_read(path, issues), only, issues, locked=locked)
 
 
 def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
@@ -91,13 +93,13 @@ def plan_recipe(recipe: Recipe, only: Collection[str] = ()) -> Plan:
 
     `only` asks for some artifacts instead of all.
     """
-    return _planned(recipe, only, [])
+    return _planned(recipe, only, [], locked=False)
 
 
-def _planned(root: Recipe | None, only: Collection[str], issues: list[Issue]) -> Plan:
+def _planned(root: Recipe | None, only: Collection[str], issues: list[Issue], *, locked: bool) -> Plan:
     if root is None:
         raise RecipeError(*issues)
-    shelf = _Shelf(root, issues)
+    shelf = _Shelf(root, issues, locked=locked)
     steps = {file.prefix + name: (file, name) for file in shelf.files for name in file.read_steps()}
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(steps)
@@ -136,6 +138,7 @@ class _File:
     recipe: Recipe
     prefix: str  # in front of its names: nothing for the root's, `REL#` for another's
     issues: list[Issue]
+    locked: bool = False
     aliases: dict[str, str] = field(default_factory=dict)  # source → the step of another recipe that it is; nothing when there is none
     calls: dict[str, Call | None] = field(default_factory=dict)
 
@@ -147,14 +150,39 @@ class _File:
         """Read what every step applies to what, and return the names of those that were read."""
         architecture = self.recipe.table.architecture
         self.issues += _bad_sources(self.recipe)
-        if architecture in ARCHITECTURES:
-            reader = StepReader(self.recipe, architecture_named(architecture), self.issues)
+        if is_architecture(architecture):
+            reader = StepReader(self.recipe, architecture_named(architecture), self._own_methods(), self.issues)
             self.calls = {name: reader.call(name, step) for name, step in self.recipe.table.step.items()}
         else:
-            hint = nearest(architecture, ARCHITECTURES) or f"known are {', '.join(f'`{a}`' for a in ARCHITECTURES)}"
+            names = architecture_names()
+            variants = [name for name in names if name.startswith(architecture.partition("/")[0] + "/")]
+            hint = "" if variants else nearest(architecture, names)
+            hint = hint or f"known are {', '.join(f'`{name}`' for name in variants or ARCHITECTURES)}"
             what = f"architecture `{architecture}` is not known"
             self.issues.append(Issue(where=self.recipe.where("architecture"), what=what, hint=hint))
         return self.calls
+
+    def _own_methods(self) -> dict[str, Method]:
+        """Run the files of methods that the recipe names; with `locked`, only those that are pinned."""
+        found: dict[str, Method] = {}
+        for n, file in enumerate(self.recipe.table.methods):
+            where = self.recipe.where("methods", n)
+            if self.locked and not file.sha256:
+                what = f"the methods of `{file.path}` are not pinned, and --locked asks for it"
+                self.issues.append(Issue(where=where, what=what, hint="write `{ path = …, sha256 = … }` in `methods`"))
+                continue
+            try:
+                made = methods_in(self.recipe.path.parent / file.path, file.sha256)
+            except OwnError as error:
+                issue = Issue(where=where, what=f"`{file.path}` {error}", hint=error.hint)
+                if error.is_altered:
+                    raise IntegrityError(issue) from None
+                self.issues.append(issue)
+                continue
+            if twice := [name for name in made if name in found]:
+                self.issues.append(Issue(where=where, what=f"`{file.path}` defines `{twice[0]}`, as a file before it does"))
+            found |= made
+        return found
 
     def inputs(self, name: str) -> tuple[str, ...]:
         """List what a step is made of, by names of the plan."""
@@ -175,8 +203,8 @@ class _File:
 class _Shelf:
     """Reads a recipe's other recipes, and theirs, each file once, nearest first."""
 
-    def __init__(self, root: Recipe, issues: list[Issue]) -> None:
-        self.files = [_File(recipe=root, prefix="", issues=issues)]
+    def __init__(self, root: Recipe, issues: list[Issue], *, locked: bool) -> None:
+        self.files = [_File(recipe=root, prefix="", issues=issues, locked=locked)]
         self._home = root.path.parent.resolve()
         self._known: dict[Path, _File | None] = {root.path.resolve(): self.files[0]}  # by real path; none for what cannot be read
         self._issues = [issues]  # of every file, those that cannot be read too
@@ -227,7 +255,7 @@ class _Shelf:
         if recipe.table.architecture != root:
             what = f"`{said}` is of architecture `{recipe.table.architecture}`, but the recipe to be built is of `{root}`"
             file.complain(name, "uri", what=what, hint="recipes that are built together name the same `architecture`")
-        self._known[real] = other = _File(recipe=recipe, prefix=f"{self._relative(path)}#", issues=issues)
+        self._known[real] = other = _File(recipe=recipe, prefix=f"{self._relative(path)}#", issues=issues, locked=self.files[0].locked)
         self.files.append(other)
         return other
 

@@ -105,7 +105,7 @@ def prepare(path: Path, options: Options, watcher: Watcher, on_read: Callable[[]
     A plan looks at headers from afar where it must, and downloads nothing. Raises what is wrong with the recipe, and, unless
     `options.keep_going`, every source that is not to be had.
     """
-    plan = plan_file(path, only=options.only)
+    plan = plan_file(path, only=options.only, locked=options.reach.locked)
     store = Store(options.store_root)
     lock = Lock(path=lock_path(path), exists=False, entries={}) if options.rehearse else read_lock(lock_path(path))
     if options.rehearse:

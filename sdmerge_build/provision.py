@@ -35,7 +35,7 @@ class Locked:
 
 def fetch_sources(path: Path, store: Path, reach: Reach, watcher: Watcher) -> dict[str, tuple[Found, bool]]:
     """See that every source of a recipe is on this machine, whole and verified; return each, and whether it was downloaded now."""
-    plan = plan_file(path)
+    plan = plan_file(path, locked=reach.locked)
     supply = Supply(plan, Store(store), read_lock(lock_path(path)), reach, watcher, lambda: None)
     supply.look()
     _raise(supply)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, Tag, ValidationError
 
 from sdmerge_build.digest import blake3_hex
 from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest
 from sdmerge_build.matrix import MAX_STEPS, expand_matrix
 from sdmerge_build.tomltext import Lines, read_toml
 
-__all__ = ["Defaults", "Evidence", "FormError", "Recipe", "RecipeTable", "Release", "SourceTable", "StepTable", "read_recipe"]
+__all__ = ["Defaults", "Evidence", "FormError", "MethodsFile", "Recipe", "RecipeTable", "Release", "SourceTable", "StepTable", "read_recipe"]
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -27,7 +27,12 @@ _UNFILLED = re.compile(r".\{\w+\}|\{\w+\}.")
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|[.-].*|.*\.")  # Windows devices, hidden files, options, trailing dots
 
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
-DtypeName = Literal["fp16", "bf16", "fp32", "fp64", "keep"]
+DtypeName = Literal["fp16", "bf16", "fp32", "fp64", "fp8_e4m3", "fp8_e5m2", "keep"]
+_ONE, _TABLE = "(one)", "(table)"  # what pydantic calls the two ways to say a dtype, in addresses of complaints
+DtypeField = Annotated[
+    Annotated[DtypeName, Tag(_ONE)] | Annotated[dict[str, DtypeName], Tag(_TABLE)],
+    Discriminator(lambda value: _TABLE if isinstance(value, dict) else _ONE),
+]
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
@@ -68,14 +73,20 @@ class SourceTable(Table):
 class Defaults(Table):
     """What every step says unless it says otherwise."""
 
-    dtype: DtypeName | None = Field(None, description="The number format of artifacts: fp16 unless said; `keep` is the widest of the parents.")
+    dtype: DtypeField | None = Field(
+        None, description="The number format of artifacts: fp16 unless said; `keep` is the widest of the parents; or a table, per component."
+    )
     compute: Literal["fp32", "fp64", "native"] | None = Field(
         None, description="The precision of the arithmetic: fp32 unless said; `native` is AUTOMATIC1111's, in the parents' own dtype."
     )
     missing: Literal["error", "keep"] | None = Field(None, description="A tensor that a later model lacks: `keep` takes the first model's.")
     extra: Literal["error", "keep", "drop"] | None = Field(None, description="A tensor that only a later model has.")
-    mismatch: Literal["error", "keep"] | None = Field(None, description="A tensor whose shapes differ: `keep` takes the first model's.")
-    nonfinite: Literal["error", "allow"] | None = Field(None, description="A result that is infinite or not a number.")
+    mismatch: Literal["error", "keep", "overlap", "zeros"] | None = Field(
+        None, description="A tensor whose shapes differ: `keep` takes the first model's; `overlap` merges what they have in common."
+    )
+    nonfinite: Literal["error", "allow", "saturate"] | None = Field(
+        None, description="A result that is infinite or not a number: `saturate` takes the largest number instead of an infinite one."
+    )
     artifact: bool | None = Field(None, description="Keep the result as a file, even if another step uses it.")
     author: Text | None = Field(None, description="Who made the artifact; written into its header.")
     description: Text | None = Field(None, description="What it is; written into its header.")
@@ -107,6 +118,18 @@ class Release(Table):
     )
 
 
+class MethodsFile(Table):
+    """A Python file that defines methods."""
+
+    path: Text = Field(description="Where the file lies, relative to the recipe's folder.")
+    sha256: Hex64 | None = Field(None, description="The sha256 of the file; `--locked` refuses one that is not pinned.")
+
+
+def _filed(value: Any) -> Any:
+    """Read a path alone as the table that says no more."""
+    return {"path": value} if isinstance(value, str) else value
+
+
 def _whole(value: Any) -> Any:
     """Keep `true` and `1.0`, which Python takes for 1, from passing for it."""
     return value if type(value) is int else repr(value)
@@ -117,6 +140,9 @@ class RecipeTable(Table):
 
     recipe: Annotated[Literal[1], BeforeValidator(_whole)] = Field(description="The version of the recipe format.")
     architecture: Text = Field(description="The family of every source, checked against their headers.")
+    methods: list[Annotated[MethodsFile, BeforeValidator(_filed)]] = Field(
+        default_factory=list, max_length=100, description="Python files that define methods of your own; running a recipe runs them."
+    )
     defaults: Defaults = Field(default_factory=Defaults)
     release: Release | None = Field(None, description="What is said of artifacts that are to be published.")
     source: dict[str, SourceTable] = Field(description="The checkpoints that come from outside, by name.")
@@ -180,9 +206,14 @@ def _validated(path: Path, table: dict[str, Any], lines: Lines, templates: Mappi
     return None
 
 
+def _address(mistake: Any) -> tuple[Any, ...]:
+    """Return the keys that lead to what pydantic complains of."""
+    return tuple(part for part in mistake["loc"] if part not in {_ONE, _TABLE})
+
+
 def _leave_out(table: dict[str, Any], mistake: Any) -> bool:
     """Take a field at fault out of a recipe, where what is left still means something."""
-    *around, field = mistake["loc"]
+    *around, field = _address(mistake)
     if mistake["type"] not in {"extra_forbidden", "literal_error", "string_pattern_mismatch"} or field == "recipe":
         return False
     for part in around:
@@ -235,7 +266,7 @@ def _bad_names(recipe: Recipe) -> list[Issue]:
 
 def _issue(error: Any, lines: Lines, templates: Mapping[str, str]) -> Issue:
     """Say one of pydantic's complaints in our words, with its line."""
-    address = tuple(error["loc"])
+    address = _address(error)
     if len(address) > 1 and address[0] == "step":
         address = ("step", templates.get(address[1], address[1]), *address[2:])
     where = lines.where(*address)

@@ -33,7 +33,8 @@ def stand_ins(architecture: Architecture, sources: Mapping[str, SourceTable], si
     """Replace every source by a stand-in file below `folder`, made if it is not there yet."""
     replaced = {}
     for name, source in sources.items():
-        path = folder / f"{_file_name(name)}-{architecture.name}-{size}-{source.size or 0}.safetensors"
+        kind = "-".join(filter(None, (architecture.name, architecture.variant, size)))
+        path = folder / f"{_file_name(name)}-{kind}-{source.size or 0}.safetensors"
         if not path.exists():
             stand_in(path, architecture, size, seed=name, file_size=source.size)
         keep = source.model_dump(include={"license", "credit", "homepage", "permissions", "evidence"})
@@ -74,7 +75,8 @@ def _layout(architecture: Architecture, size: str, file_size: int | None) -> Lay
         is_wide = wide > 0.01 and widened + count / 2 <= wide * seen
         widened += count if is_wide else 0
         dtype = "I64" if name.endswith("position_ids") else "F32" if is_wide else "F16"
-        specs.append(Spec(name, dtype, shape if size == "full" else tuple(_shrunk(n) for n in shape)))
+        is_whole = size == "full" or name in architecture.shapes  # a shape by which a variant is recognised
+        specs.append(Spec(name, dtype, shape if is_whole else tuple(_shrunk(n) for n in shape)))
     return lay_out(specs, {"format": "pt", "sdbuild.standin": size})
 
 

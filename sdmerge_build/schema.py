@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sdmerge_build.architectures import ARCHITECTURES
-from sdmerge_build.methods import methods
+from sdmerge_build.architectures import architecture_names
+from sdmerge_build.methods import Parameter, methods
 from sdmerge_build.recipe import RecipeTable
 
 __all__ = ["SCHEMA_FILE", "recipe_schema", "schema_text"]
@@ -24,6 +24,13 @@ _RULE = {
     "required": ["match", "value"],
     "additionalProperties": False,
 }
+_NUMBER = {"type": ["number", "string"]}  # text is an axis of `matrix`
+_BETWEEN = {
+    "type": "object",
+    "properties": {"from": {"type": "string"}, "to": {"type": "string"}, "at": _NUMBER},
+    "required": ["from", "to", "at"],
+    "additionalProperties": False,
+}
 _RATIO = {
     "anyOf": [
         {"type": "number"},
@@ -33,7 +40,20 @@ _RATIO = {
             "additionalProperties": False,
             "properties": {
                 "base": {"type": "number", "description": "The value of everything that no block or rule names."},
-                "mbw": {"type": "string", "description": "A value per block, between commas, BASE first."},
+                "mbw": {
+                    "anyOf": [{"type": "string"}, {"type": "array", "items": _NUMBER}],
+                    "description": "A value per block, in the order of one of the architecture's lists.",
+                },
+                "preset": {"anyOf": [{"type": "string"}, _BETWEEN], "description": "Block weights by name, or a mixture of two."},
+                "curve": {
+                    "type": "array",
+                    "items": _NUMBER,
+                    "minItems": 1,
+                    "maxItems": 100,
+                    "description": "Values over depth, with straight lines between.",
+                },
+                "elemental": {"type": "string", "description": "supermerger's BLOCKS:ELEMENTS:RATIO, between commas or lines."},
+                "map": {"type": "string", "description": "Whose count of blocks holds, such as sd-mecha@1."},
                 "blocks": _NUMBERS | {"description": "Values of blocks: names, ranges such as IN05-IN08, globs."},
                 "rules": {"type": "array", "items": _RULE, "description": "Values of tensors, by glob; the last match wins."},
             },
@@ -42,10 +62,19 @@ _RATIO = {
 }
 _NAME = {"type": "string", "description": "The name of a source or step."}
 _KINDS: dict[str, dict[str, Any]] = {
-    "Ratio": _RATIO,
-    "list[Ratio]": {"type": "array", "items": _RATIO},
     "Selection": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    "bool": {"type": "boolean"},
+    "int": {"type": "integer"},
+    "Seed": {"type": "integer", "minimum": 0},
 }
+
+
+def _kind(parameter: Parameter) -> dict[str, Any]:
+    if parameter.words:
+        return {"enum": list(parameter.words)}
+    if parameter.ratio:
+        return {"anyOf": [_RATIO, {"type": "array", "items": _RATIO}]} if parameter.is_list else _RATIO
+    return _KINDS[parameter.kind]
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -53,7 +82,9 @@ def recipe_schema() -> dict[str, Any]:
     schema = RecipeTable.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "sdbuild recipe"
-    schema["properties"]["architecture"]["enum"] = list(ARCHITECTURES)
+    schema["properties"]["architecture"]["enum"] = architecture_names()
+    entries = schema["properties"]["methods"]
+    entries["items"] = {"anyOf": [{"type": "string"}, entries["items"]]}
     step = schema["$defs"]["StepTable"]
     step["additionalProperties"] = False
     fields = step["properties"]
@@ -61,12 +92,13 @@ def recipe_schema() -> dict[str, Any]:
     axis = {"type": "array", "minItems": 1, "items": {"type": ["number", "string"]}}
     fields["matrix"] = {"type": "object", "minProperties": 1, "additionalProperties": axis, "description": "One step per combination of values."}
     for method in methods().values():
-        for model in method.models:
-            fields[model] = _NAME
-        if not method.models:
-            fields["models"] = {"type": "array", "items": _NAME}
-        for parameter in method.parameters.values():
-            fields[parameter.name] = _KINDS[parameter.kind]
+        kinds = dict.fromkeys(method.models, _NAME) | {parameter.name: _kind(parameter) for parameter in method.parameters.values()}
+        if method.is_open:
+            kinds["models"] = {"type": "array", "items": _NAME}
+        for name, kind in kinds.items():
+            known = fields.setdefault(name, {"anyOf": []})["anyOf"]
+            if kind not in known:
+                known.append(kind)
     return schema
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdmerge_build.architectures import Architecture
-from sdmerge_build.dtypes import RECIPE_NAMES
+from sdmerge_build.dtypes import Dtypes, read_dtypes
 from sdmerge_build.errors import Issue, nearest
 from sdmerge_build.formula import FormulaError, evaluate, names_in, parse_formula, show
-from sdmerge_build.methods import REQUIRED, Method, Parameter, methods
-from sdmerge_build.ratio import MAX_ENTRIES, RatioError, read_ratio
+from sdmerge_build.methods import RANGES, REQUIRED, Method, Parameter, methods
+from sdmerge_build.methods.own import OwnError, installed_methods
 from sdmerge_build.recipe import Recipe, StepTable
+from sdmerge_build.weights.ratio import MAX_ENTRIES, RatioError, read_ratio
 
 __all__ = ["Call", "Step", "StepReader", "complete_step"]
 
@@ -30,7 +31,7 @@ class Step:
     roles: tuple[str, ...]  # what the method calls them
     params: Mapping[str, Any]  # `Ratio`, tuple of `Ratio`, tuple of str, bool; for formulas their canonical text
     is_artifact: bool
-    dtype: str  # a safetensors dtype, or `keep`
+    dtype: Dtypes
     compute: str  # `fp32`, `fp64` or `native`
     missing: str
     extra: str
@@ -55,10 +56,10 @@ def complete_step(recipe: Recipe, name: str, call: Call | None, *, full_name: st
     assert call is not None, "BUG: a step without meaning was planned"
     said, defaults = recipe.table.step[name], recipe.table.defaults
 
-    def field(key: str, otherwise: str) -> str:
+    def field(key: str, otherwise: Any) -> Any:
         return getattr(said, key) or getattr(defaults, key) or otherwise
 
-    dtype = field("dtype", "fp16") if is_artifact else said.dtype or "fp32"
+    usual = "fp16" if is_artifact else "fp32"
     return Step(
         name=full_name,
         method=call.method,
@@ -66,7 +67,7 @@ def complete_step(recipe: Recipe, name: str, call: Call | None, *, full_name: st
         roles=call.roles,
         params=call.params,
         is_artifact=is_artifact,
-        dtype=RECIPE_NAMES[dtype],
+        dtype=read_dtypes(field("dtype", usual) if is_artifact else said.dtype or usual, usual),
         compute=field("compute", "fp32"),
         missing=field("missing", "error"),
         extra=field("extra", "error"),
@@ -80,14 +81,17 @@ def complete_step(recipe: Recipe, name: str, call: Call | None, *, full_name: st
 class StepReader:
     """Sorts a step's fields into models and parameters by its method's signature, and complains of the rest."""
 
-    def __init__(self, recipe: Recipe, architecture: Architecture, issues: list[Issue]) -> None:
+    def __init__(self, recipe: Recipe, architecture: Architecture, own: Mapping[str, Method], issues: list[Issue]) -> None:
         self._recipe = recipe
+        self._own = own
         self._architecture = architecture
         self._issues = issues
         self._names = frozenset({*recipe.table.source, *recipe.table.step})
+        self._check_dtype(recipe.table.defaults.dtype, "defaults", "dtype")
 
     def call(self, name: str, step: StepTable) -> Call | None:
         """Read what a step applies to what; None when an issue was found that leaves it without meaning."""
+        self._check_dtype(step.dtype, "step", name, "dtype")
         if (step.formula is None) == (step.method is None):
             what = f"step `{name}` {'has both `formula` and' if step.formula else 'needs either `formula` or'} `method`"
             inner = next(
@@ -98,6 +102,15 @@ class StepReader:
 
     def _complain(self, name: str, *fields: str, what: str, hint: str = "") -> None:
         self._issues.append(Issue(where=self._recipe.where("step", name, *fields), what=what, hint=hint))
+
+    def _check_dtype(self, said: Any, *address: str) -> None:
+        """Complain of a table of dtypes that names what the architecture does not have."""
+        known = ["default", *self._architecture.components, "other"]
+        for component in said if isinstance(said, Mapping) else ():
+            if component not in known:
+                what = f"`dtype` names `{component}`, which {self._architecture.title} does not have"
+                hint = nearest(component, known) or f"components are {', '.join(known[1:])}; `default` is for the rest"
+                self._issues.append(Issue(where=self._recipe.where(*address), what=what, hint=hint))
 
     def _formula(self, name: str, step: StepTable) -> Call | None:
         for field in step.model_extra or {}:
@@ -117,25 +130,32 @@ class StepReader:
         return Call(method=method, inputs=inputs, roles=roles, params={"formula": text})
 
     def _method(self, name: str, step: StepTable) -> Call | None:
-        method = methods().get(step.method or "")
+        known = {**methods(), **self._own}
+        method = known.get(step.method or "") or self._installed(name, step.method or "")
         if method is None:
             what = f"step `{name}` asks for method `{step.method}`, which does not exist"
-            return self._complain(name, "method", what=what, hint=nearest(step.method or "", methods()))
+            return self._complain(name, "method", what=what, hint=nearest(step.method or "", known))
         given = dict(step.model_extra or {})
-        models = method.models or ("models",)
         inputs: list[str] = []
-        for role in models:
+        for role in method.roles:
             if role not in given:
-                self._complain(name, what=f"step `{name}` lacks `{role}`, a model that `{method.name}` needs")
+                self._complain(name, what=f"step `{name}` lacks `{role}`, {'models' if role == 'models' else 'a model'} that `{method.name}` needs")
             said = given.pop(role, None)
-            inputs += self._inputs(name, role, said, several=not method.models) if said is not None else ()
-        count = len(said) if not method.models and isinstance(said, list) else None
+            inputs += self._inputs(name, role, said, several=role == "models" and method.is_open) if said is not None else ()
+        count = len(said) if method.is_open and isinstance(said, list) else None
         params = {p.name: self._param(name, p, given.pop(p.name, p.default), count) for p in method.parameters.values()}
         for field in given:
-            hint = nearest(field, [*models, *method.parameters, *StepTable.model_fields]) or f"`sdbuild methods {method.name}` lists its fields"
+            hint = nearest(field, [*method.roles, *method.parameters, *StepTable.model_fields]) or f"`sdbuild methods {method.name}` lists its fields"
             self._complain(name, field, what=f"step `{name}` has an unknown field `{field}`", hint=hint)
-        roles = method.models or tuple(str(n) for n in range(1, len(inputs) + 1))
+        roles = (*method.models, *(str(n) for n in range(1, len(inputs) - len(method.models) + 1)))
         return Call(method=method, inputs=tuple(inputs), roles=roles, params=params)
+
+    def _installed(self, name: str, wanted: str) -> Method | None:
+        """Look for a method among those of installed packages."""
+        try:
+            return installed_methods().get(wanted)
+        except OwnError as error:
+            return self._complain(name, "method", what=f"a package's methods {error}", hint=error.hint)
 
     def _inputs(self, name: str, role: str, value: Any, *, several: bool) -> Iterable[str]:
         """Read one model, or the list `models`; names that mean nothing are complained of and left out."""
@@ -157,20 +177,35 @@ class StepReader:
         if value is REQUIRED:
             return self._complain(name, what=f"step `{name}` lacks `{parameter.name}`")
         try:
+            if parameter.ratio:
+                return self._ratios(parameter, value, models)
             match parameter.kind:
-                case "Ratio":
-                    return read_ratio(value, self._architecture)
-                case "list[Ratio]":
-                    if not isinstance(value, list) or len(value) != (len(value) if models is None else models):
-                        message = f"must be a list of {'' if models is None else f'{models} '}ratios, one per model"
-                        raise RatioError(message)
-                    return tuple(read_ratio(item, self._architecture) for item in value)
                 case "Selection":
                     return self._selection(value)
+                case "bool":
+                    return _flag(value)
+                case "int":
+                    return _whole(value, -(2**63), 2**63 - 1)
+                case "Seed":
+                    return _whole(value, 0, 2**63 - 1)
+                case "word":
+                    return _word(value, parameter.words)
         except RatioError as error:
             return self._complain(name, parameter.name, what=f"{what} {error}", hint=error.hint)
         message = f"BUG: no reader for parameters of kind `{parameter.kind}`"
         raise AssertionError(message)
+
+    def _ratios(self, parameter: Parameter, value: Any, models: int | None) -> Any:
+        """Read a ratio, or one per model; a single one may stand for all."""
+        low, high = RANGES[parameter.ratio or ""]
+        if not parameter.is_list:
+            return read_ratio(value, self._architecture, low, high)
+        if not isinstance(value, list):
+            return (read_ratio(value, self._architecture, low, high),) * (models or 1)
+        if len(value) != (len(value) if models is None else models):
+            message = f"must be a list of {models} ratios, one per model, or one ratio for all"
+            raise RatioError(message)
+        return tuple(read_ratio(item, self._architecture, low, high) for item in value)
 
     def _selection(self, value: Any) -> tuple[str, ...]:
         items = [value] if isinstance(value, str) else value
@@ -184,3 +219,23 @@ class StepReader:
                 message = f"names `{item}`, which is neither a component of {self._architecture.title} nor a glob"
                 raise RatioError(message, nearest(item, components) or f"components are {', '.join(components)}")
         return tuple(sorted(set(items)))
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RatioError("must be `true` or `false`")
+    return value
+
+
+def _whole(value: Any, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        message = f"must be a whole number{f' from {low}' if low > -(2**63) else ''}"
+        raise RatioError(message)
+    return value
+
+
+def _word(value: Any, words: tuple[str, ...]) -> str:
+    if value not in words:
+        message = f"must be one of {', '.join(f'`{word}`' for word in words)}"
+        raise RatioError(message, nearest(value, words) if isinstance(value, str) else "")
+    return str(value)

@@ -6,6 +6,7 @@ Has never heard of recipes or merging. Correctness comes from unique temporary n
                                   /tensors.json         every tensor's digest
                                   /trace.json           what was described, made and measured
     cache/partial/HOST-PID-…/                           what a running build writes
+    cache/findings/KEY.json                             what a survey found
     cache/digests.json                                  a memo, never the truth
 """
 
@@ -17,7 +18,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,21 @@ class Store:
                 if stored := self._open(child, child.name):
                     return stored
         return None
+
+    def findings(self, key: str) -> dict[str, Any] | None:
+        """Return what the survey of a key found, if the store has it."""
+        try:
+            known = json.loads(read_regular(self.root / "findings" / f"{key}.json"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return known if isinstance(known, dict) else None
+
+    def keep_findings(self, key: str, findings: Mapping[str, Any], aside: Path) -> None:
+        """Keep what a survey found; `aside` is a folder for the unfinished file."""
+        ready = aside / f"{key}.json"
+        _write_json(ready, dict(findings))
+        (self.root / "findings").mkdir(exist_ok=True)
+        ready.replace(self.root / "findings" / ready.name)
 
     @contextlib.contextmanager
     def partial(self) -> Iterator[Path]:

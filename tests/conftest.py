@@ -14,6 +14,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+import warm
 from hubs import Hubs, hubs  # noqa: F401  a fixture
 from safetensors.torch import load_file
 
@@ -71,11 +72,13 @@ class Space:
         self.write("recipe.toml", recipe)
 
     def sdbuild(self, *args: str | Path, env: Mapping[str, str] | None = None, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        """Run the real command."""
-        command = [sys.executable, *python, "-m", "sdmerge_build", *map(str, args)]
+        """Run the real command; with options for Python, or an environment that Python may read, it starts cold."""
         surroundings = (
             {key: value for key, value in os.environ.items() if not key.startswith(("SDBUILD_", "HF_", "CIVITAI_"))} | NOWHERE | dict(env or {})
         )
+        if not python and warm.suits(surroundings):
+            return warm.run([*map(str, args)], self.path, surroundings, 300)
+        command = [sys.executable, *python, "-m", "sdmerge_build", *map(str, args)]
         return subprocess.run(command, cwd=self.path, env=surroundings, capture_output=True, text=True, encoding="utf-8", check=False, timeout=300)
 
     def build(self, recipe: str = "recipe.toml", **options: Any) -> Report:

@@ -254,7 +254,7 @@ class Content:
 # ---------------------------------------------------------------- faults
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fault:
     """One way in which one answer goes wrong; `cut(9) + no_etag()` is two at once."""
 
@@ -270,7 +270,7 @@ class Fault:
             lambda asked: (self.before(asked), other.before(asked)),
         )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.name
 
 

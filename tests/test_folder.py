@@ -267,7 +267,7 @@ def test_every_original_name_is_made_once_in_its_shape(family: str):
     made = assembled(full_size(family))
     assert len(layout) == len(made)
     assert layout == {spec.name: spec.shape for spec in made}
-    assert family == recognise({spec.name for spec in made}).name
+    assert family == recognise({spec.name: spec for spec in made}).name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

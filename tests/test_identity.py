@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Space, digests
 
-from sdmerge_build import passes
+from sdmerge_build import passes, programs
 
 RECIPE = """
 recipe = 1
@@ -73,7 +73,7 @@ def test_chunk_sizes_do_not_matter(space: Space, monkeypatch, slice_, batch):
     """Artifacts have one sha256 whatever is worked on at once."""
     lay_down(space)
     usual = digests(space.build())
-    monkeypatch.setattr(passes, "SLICE", slice_)
+    monkeypatch.setattr(programs, "SLICE", slice_)
     monkeypatch.setattr(passes, "BATCH", batch)
 
     assert digests(space.build(store=space.path / "other", out=space.path / "other-out")) == usual

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import Space, digests
 
-from sdmerge_build import passes
+from sdmerge_build import passes, programs
 
 RECIPE = """
 recipe = 1
@@ -51,7 +51,7 @@ def built_with(space: Space, monkeypatch: pytest.MonkeyPatch, slice_: int, batch
             taken.append(walk)
             yield walk
 
-    monkeypatch.setattr(passes, "SLICE", slice_)
+    monkeypatch.setattr(programs, "SLICE", slice_)
     monkeypatch.setattr(passes, "BATCH", batch)
     monkeypatch.setattr("sdmerge_build.build.plan_passes", spy)
     made = digests(space.build(store=space.path / f"store{batch}", out=space.path / "out"))
@@ -141,7 +141,7 @@ def test_a_chain_of_a_thousand_steps_is_evaluated_without_recursion(space: Space
     assert torch.equal(space.load("s999")["w"], expected.half())
 
 
-def compiled(space: Space, monkeypatch: pytest.MonkeyPatch, steps: str, models: int) -> passes.Program:
+def compiled(space: Space, monkeypatch: pytest.MonkeyPatch, steps: str, models: int) -> programs.Program:
     """Build one tensor of some step over many models, and return its program."""
     for n in range(models):
         space.checkpoint(f"m{n}", {"w": checkpoints.numbers(str(n), "w", (64, 64))})

@@ -19,11 +19,13 @@ import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import checkpoints
 import pytest
 import torch
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -246,8 +248,21 @@ def outcome(path: Path) -> BaseException | list[str]:
         return error
 
 
+class Reader(warm.Process):
+    """The process that reads a pickle, started warm: it gives up its rights and reads as ever."""
+
+    def __init__(self, command: list[str], *, env: Mapping[str, str], stdout: IO[bytes], **_silent: int) -> None:
+        module, *arguments = command[command.index("-m") + 1 :]
+        with Path(os.devnull).open("wb") as nothing:
+            super().__init__(module, arguments, env, (stdout.fileno(), nothing.fileno()))
+
+
 def outcomes(files: Mapping[str, Path]) -> dict[str, BaseException | list[str]]:
-    with ThreadPoolExecutor(2) as pool:
+    """Convert files, fifty of which would take two minutes of starting torch."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        if warm.POSSIBLE:
+            names = {"Popen": Reader, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
+            patch.setattr(pickled, "subprocess", SimpleNamespace(**names))
         return dict(zip(files, pool.map(outcome, files.values()), strict=True))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdmerge_build.architectures import BASE, architecture_named
-from sdmerge_build.ratio import RatioError, read_ratio
+from sdmerge_build.weights.ratio import RatioError, read_ratio
 
 SD1, SDXL, GENERIC = (architecture_named(name) for name in ("sd1", "sdxl", "generic"))
 
@@ -78,7 +78,7 @@ def test_a_ratio_gives_every_tensor_its_value(ratio: Any, expected: list[float])
 
 def test_the_last_match_wins():
     """
-    Base, then mbw, then blocks, then rules; within each, the later entry.
+    A profile, then blocks, then elemental text, then rules; within each, the later entry.
     """
     layers: dict[str, Any] = {"base": 0.1}
     assert [0.1, 0.1] == values(layers, IN04, IN05)
@@ -88,6 +88,10 @@ def test_the_last_match_wins():
     assert [0.4, 0.3] == values(layers, IN04, IN05)
     layers["blocks"] = {"IN04": 0.4, "IN*": 0.3}
     assert [0.3, 0.3] == values(layers, IN04, IN05)
+    layers["elemental"] = "IN04:attn2:0.45, IN05:attn2:0.46"
+    assert [0.45, 0.3] == values(layers, IN04, IN05)
+    layers["elemental"] += ", ::0.47, IN05:in_layers:0.48"
+    assert [0.47, 0.48] == values(layers, IN04, IN05)
     layers["rules"] = [{"match": "*input_blocks.4.*", "value": 0.5}, {"match": "*.weight", "value": 0.6}]
     assert [0.6, 0.6] == values(layers, IN04, IN05)
     layers["rules"].reverse()
@@ -106,6 +110,7 @@ def test_the_last_match_wins():
         ({"IN00": 0.1, "TIME": 0.5}, {"TIME": 0.5, "OUT": 0.5, "CLIP_L": 0.5, "VAE": 0.5}),
         ({"BASE": 0.1, "VAE": 0.0}, {"TIME": 0.5, "OUT": 0.5, "CLIP_L": 0.1, "VAE": 0.0}),
         ({"OUT": 0.1}, {"TIME": 0.5, "OUT": 0.1, "CLIP_L": 0.5, "VAE": 0.5}),
+        ({"OUT": 0.1, "OUT*": 0.2, "OUT11": 0.3}, {"TIME": 0.5, "OUT": 0.3, "CLIP_L": 0.5, "VAE": 0.5}),
     ],
 )
 def test_a_part_follows_its_block_unless_it_is_named(blocks: dict[str, float], expected: dict[str, float]):
@@ -140,7 +145,7 @@ def test_block_weights_of_sdxl_are_twenty():
     20 values for SDXL: BASE, IN00 to IN08, M00, OUT00 to OUT08; or 19 beside a base.
     """
     ratio = read_ratio({"mbw": counting(20)}, SDXL)
-    assert [n / 100 for n in range(20)] == [ratio.of(f"{prefix}x" if prefix else "x", SDXL) for prefix in SDXL.blocks.values()]
+    assert [n / 100 for n in range(20)] == [ratio.of(f"{prefixes[0]}x" if prefixes else "x", SDXL) for prefixes in SDXL.blocks.values()]
     assert [0.01, 0.01, 0.19] == [ratio.of(f"{UNET}{part}.0.weight", SDXL) for part in ("time_embed", "label_emb.0", "out")]
 
     beside = read_ratio({"base": 0.0, "mbw": counting(19, 1)}, SDXL)
@@ -163,6 +168,26 @@ def test_block_weights_of_sdxl_are_twenty():
         ({"base": 0.5, "blocks": {"IN00": 0.1}}, {"base": 0.5, "blocks": {"TIME": 0.1, "IN00": 0.1}}),
         ({"base": 0.5, "blocks": {"BASE": 0.1}}, {"base": 0.1, "blocks": {"IN00-OUT11": 0.5}}),
         ({"mbw": counting(26)}, {"base": 0, "blocks": {b: n / 100 for n, b in enumerate(SD1.blocks)}}),
+        (0.25, {"base": 0.25, "preset": "FLAT_25"}),
+        (0.25, {"preset": {"from": "ALL_A", "to": "ALL_B", "at": 0.25}}),
+        (0.3, {"base": 0.3, "curve": [0.3]}),
+        (0.3, {"preset": "GRAD_V", "elemental": "::0.3"}),
+        ({"mbw": [n / 100 for n in range(26)]}, {"mbw": counting(26)}),
+        ({"preset": "GRAD_V"}, {"base": 0, "curve": [1, 0, 1]}),
+        ({"preset": "GRAD_A"}, {"mbw": [0, *(min(n, 24 - n) / 12 for n in range(25))]}),
+        ({"preset": "SMOOTHSTEP*2"}, {"preset": "2SMOOTHSTEP"}),
+        ({"preset": "WRAP08"}, {"base": 0, "blocks": {"IN00-IN03": 1, "OUT08-OUT11": 1}}),
+        ({"preset": "ALL_B", "base": 0}, {"base": 0, "blocks": {"IN00-OUT11": 1}}),
+        ({"base": 0.5, "blocks": {"M00": 0.2}}, {"base": 0.5, "elemental": "M00::0.2"}),
+        ({"base": 0.5, "blocks": {"OUT": 0.2}}, {"base": 0.5, "elemental": "OUT::0.2"}),
+        ({"base": 0.5, "blocks": {"IN00-M00": 0.2}}, {"base": 0.2, "elemental": "NOT IN00-M00::0.5"}),
+        ({"base": 0.5, "elemental": "IN04-IN06:attn1:0.3"}, {"base": 0.5, "elemental": " IN06-IN04 : attn1 : 3e-1 ,\n"}),
+        ({"base": 0.5, "elemental": "IN04 IN05:ff attn1:0.3"}, {"base": 0.5, "elemental": "IN05:attn1 ff:0.3, IN04:attn1 ff:0.3"}),
+        ({"base": 0.5, "elemental": ":attn attn2:0.3"}, {"base": 0.5, "elemental": ":attn:0.3"}),
+        ({"base": 0.5, "elemental": "NOT BASE:norm:0.3"}, {"base": 0.5, "elemental": "IN00-OUT11:norm:0.1,OUT11-IN00:norm:0.3"}),
+        ({"base": 0.5, "elemental": "M00::0.3"}, {"base": 0.5, "elemental": "M00:norm:0.1, M00::0.3"}),
+        ({"base": 0.5, "blocks": {"IN00": 0.2, "TIME": 0.5}}, {"base": 0.5, "blocks": {"IN00": 0.2}, "map": "sd-mecha@1"}),
+        ({"base": 0.5, "map": "supermerger@1"}, 0.5),
         (0.0, -0.0),
         ({"base": 0.5, "blocks": {"IN*": 0.0}}, {"base": 0.5, "blocks": {"IN*": -0.0}}),
     ],
@@ -172,8 +197,7 @@ def test_equal_ratios_are_equal_facts_however_they_are_written(one: Any, other: 
     What a key sees is what tensors get; the spelling of a ratio is not in it.
     """
     assert facts(one) == facts(other)
-    layout = SD1.layout()
-    assert [read_ratio(one, SD1).of(t, SD1) for t in layout] == [read_ratio(other, SD1).of(t, SD1) for t in layout]
+    assert values(one, *SD1.layout()) == values(other, *SD1.layout())
 
 
 def test_facts_name_what_is_unlike_the_base():
@@ -210,14 +234,22 @@ BLOCKS = "did you mean `blocks`?"
         ({"base": "0.5"}, "has text as `base`: '0.5'", "write the number without quotes"),
         ({"base": True}, "as `base`, which is not a finite number", ""),
         ({"base": 0.5, "block": {}}, "has an unknown field `block`", BLOCKS),
-        ({"base": 0.5, "weights": []}, "has an unknown field `weights`", "a ratio table has `base`, `mbw`, `blocks` and `rules`"),
+        (
+            {"base": 0.5, "weights": []},
+            "has an unknown field `weights`",
+            "a ratio table has `base`, `mbw`, `preset`, `curve`, `blocks`, `elemental`, `rules` and `map`",
+        ),
         ({"base": 0.5, "blocks": [0.5]}, "has `blocks` that are not a table", 'write `blocks = { IN04 = 0.2, "OUT*" = 0.1 }`'),
         ({"base": 0.5, "blocks": {"IN04": "0.5"}}, "has text as the value of block `IN04`: '0.5'", "write the number without quotes"),
         ({"base": 0.5, "blocks": {"IN12": 0.5}}, "names block `IN12`, which Stable Diffusion 1.x does not have", "did you mean `IN11`?"),
         ({"base": 0.5, "blocks": {"in04": 0.5}}, "names block `in04`, which Stable Diffusion 1.x does not have", "did you mean `IN04`?"),
         ({"base": 0.5, "blocks": {"IN4": 0.5}}, "names block `IN4`, which Stable Diffusion 1.x does not have", "did you mean `IN04`?"),
         ({"base": 0.5, "blocks": {"IN04-IN12": 0.5}}, "names block `IN04-IN12`, which Stable Diffusion 1.x does not have", "did you mean `IN04`?"),
-        ({"base": 0.5, "blocks": {"ZZ*": 0.5}}, "names block `ZZ*`, which Stable Diffusion 1.x does not have", "its blocks are BASE, IN00, IN01"),
+        (
+            {"base": 0.5, "blocks": {"ZZ*": 0.5}},
+            "names block `ZZ*`, which Stable Diffusion 1.x does not have",
+            "`sdbuild methods --blocks sd1` lists its blocks",
+        ),
         ({"mbw": counting(25)}, "has an `mbw` of 25 values; Stable Diffusion 1.x takes 26 with BASE", "the order is BASE, IN00, IN01, …, OUT11"),
         ({"mbw": counting(27)}, "has an `mbw` of 27 values; Stable Diffusion 1.x takes 26 with BASE", "the order is BASE, IN00, IN01, …, OUT11"),
         (
@@ -226,8 +258,8 @@ BLOCKS = "did you mean `blocks`?"
             "the order is IN00, IN01, IN02, …, OUT11",
         ),
         ({"base": 0, "mbw": counting(26)}, "has both `base` and an `mbw` of 26 values, the first of which is BASE", "leave one of them out"),
-        ({"mbw": "GRAD_V"}, "has 'GRAD_V' as value 1 of `mbw`, which is not a number", "leave out a preset's name"),
-        ({"mbw": counting(25) + ","}, "has '' as value 26 of `mbw`, which is not a number", "leave out a preset's name"),
+        ({"mbw": "GRAD_V"}, "has 'GRAD_V' as value 1 of `mbw`, which is not a number", 'write `preset = "GRAD_V"`'),
+        ({"mbw": counting(25) + ","}, "has '' as value 26 of `mbw`, which is not a number", "leave out what is no number"),
         ({"mbw": ",".join(["nan"] * 26)}, "as value 1 of `mbw`, which is not a finite number", ""),
         ({"mbw": ",".join(["1e999"] * 26)}, "as value 1 of `mbw`, which is not a finite number", ""),
         ({"base": 0.5, "rules": {}}, "has `rules` that are not a list", 'write `rules = [{ match = "*attn2*", value = 0.8 }]`'),
@@ -328,7 +360,7 @@ def test_a_ratio_spelled_out_is_the_same_ratio(ratio: dict[str, Any]):
     """
     ratio = {key: value for key, value in ratio.items() if key != "rules"}
     read = read_ratio(ratio, SD1)
-    blocks = {block: read.of(f"{prefix}0" if prefix else "?", SD1) for block, prefix in SD1.blocks.items()}
-    parts = {part: read.of(f"{prefix}0", SD1) for part, (_, prefix) in SD1.parts.items()}
+    blocks = {block: read.of(f"{prefixes[0]}0" if prefixes else "?", SD1) for block, prefixes in SD1.blocks.items()}
+    parts = {part: read.of(f"{prefixes[0]}0", SD1) for part, (_, prefixes) in SD1.parts.items()}
 
     assert list(read.facts()) == facts({"base": blocks[BASE], "blocks": blocks | parts})

@@ -5,17 +5,17 @@ Has never heard of files or bytes. What the tables mean is written in `diffusers
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdmerge_build.architectures.braces import BRACES, spell
+
 __all__ = ["STACKED", "TRANSPOSED", "WIDENED", "FolderNames", "Place", "read_names"]
 
 WIDENED, TRANSPOSED, STACKED = WAYS = ("widened", "transposed", "stacked")
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
 _TERM = re.compile(r"([+-]?)(?:(\d+)\*)?(\w+)")
 
 
@@ -85,28 +85,13 @@ def _prefixes(table: Mapping[str, str], shared: Mapping[str, Any], theirs: str, 
     """Yield the folder's prefix, the original's, and what makes one of the other, for every line of a table and those it calls."""
     for pattern, value in table.items():
         original, _, word = value.partition(" ")
-        for suffix, bound in _spellings(pattern):
+        for suffix, bound in spell(pattern):
             left = f"{theirs}.{suffix}".strip(".")
-            right = f"{ours}.{_BRACES.sub(lambda found: _computed(found[1], bound), original)}".strip(".")  # noqa: B023  called at once
+            right = f"{ours}.{BRACES.sub(lambda found: _computed(found[1], bound), original)}".strip(".")  # noqa: B023  called at once
             if word and word not in WAYS:
                 yield from _prefixes(shared[word], shared, left, right)
             else:
                 yield left, right, word
-
-
-def _spellings(pattern: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Spell out braces, and say what each letter stands for."""
-    letters = [inner.partition("=")[0] for inner in _BRACES.findall(pattern)]
-    choices = [_choices(inner.partition("=")[2]) for inner in _BRACES.findall(pattern)]
-    literals = _BRACES.sub("\0", pattern).split("\0")
-    for picked in itertools.product(*choices):
-        text = "".join(itertools.chain.from_iterable(itertools.zip_longest(literals, picked, fillvalue="")))
-        yield text, dict(zip(letters, picked, strict=True))
-
-
-def _choices(inner: str) -> list[str]:
-    first, dots, last = inner.partition("..")
-    return [str(n) for n in range(int(first), int(last) + 1)] if dots else inner.split(",")
 
 
 def _computed(expression: str, bound: Mapping[str, str]) -> str:

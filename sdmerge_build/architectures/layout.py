@@ -5,16 +5,14 @@ Has never heard of files or recipes; rehearsals ask it what a real checkpoint wo
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from sdmerge_build.architectures.braces import spell
 
 __all__ = ["Shape", "expand"]
 
 Shape = tuple[int, ...]
-
-_BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def expand(table: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Shape]:
@@ -27,7 +25,7 @@ def expand(table: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Shap
 
 def _expand(table: Mapping[str, Any], parts: Mapping[str, Any], sizes: Mapping[str, int], prefix: str) -> Iterator[tuple[str, Shape]]:
     for pattern, value in table.items():
-        for suffix in _spellings(pattern):
+        for suffix, _ in spell(pattern):
             name = f"{prefix}.{suffix}".strip(".")
             if isinstance(value, str):
                 part, *arguments = value.split()
@@ -45,16 +43,3 @@ def _size(text: str | int, sizes: Mapping[str, int]) -> int:
     for factor in str(text).split("*"):
         product *= sizes[factor] if factor in sizes else int(factor)
     return product
-
-
-def _spellings(pattern: str) -> Iterator[str]:
-    """Spell out braces: `{q,k}` and `{0..3}`, both ends included."""
-    choices = [_choices(inner) for inner in _BRACES.findall(pattern)]
-    literals = _BRACES.sub("\0", pattern).split("\0")
-    for picked in itertools.product(*choices):
-        yield "".join(itertools.chain.from_iterable(itertools.zip_longest(literals, picked, fillvalue="")))
-
-
-def _choices(inner: str) -> list[str]:
-    first, dots, last = inner.partition("..")
-    return [str(n) for n in range(int(first), int(last) + 1)] if dots else inner.split(",")

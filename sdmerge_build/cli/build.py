@@ -41,7 +41,7 @@ class _BuildCommand(click.Command):
 @click.option("--offline", is_flag=True, help="Ask nobody: use what is on this machine.")
 @click.option("--allow-private", is_flag=True, help="Download from private addresses too, such as a server of your own.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built and why, and build nothing.")
-@click.option("--explain", is_flag=True, help="Say for each artifact which fact changed since it was last built.")
+@click.option("--explain", is_flag=True, help="Say for each artifact which fact changed since it was last built, and draw block weights.")
 @click.option("--rehearse", type=click.Choice(SIZES), metavar="[=tiny|full]",
               help="Replace every source by a stand-in: tiny ones take a second, full ones have the real size.")  # fmt: skip
 @click.option("--keep-going", is_flag=True, help="Build what can be built when something else cannot.")
@@ -80,7 +80,7 @@ def build_command(recipes: tuple[Path, ...], as_json: bool, quiet: bool, dry_run
     issues = [issue for report in reports for wish in report.wishes if wish.error for issue in wish.error.issues]
     if as_json:
         failed = {"error": {"exit": error.exit_code, "issues": issues_as_json(error.issues)}} if error else {}
-        print_json({"reports": [report_as_json(report, is_plan=dry_run) for report in reports]} | failed)
+        print_json({"reports": [report_as_json(report, is_plan=dry_run, explains=explain) for report in reports]} | failed)
     else:
         print_issues(issues + list(error.issues if error else ()))
     return error.exit_code if error else next((report.exit_code for report in reports if report.exit_code), 0)

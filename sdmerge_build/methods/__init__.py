@@ -6,37 +6,138 @@ the docstring is the entry in the table of methods. Adding a method adds a funct
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import contextvars
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-__all__ = ["MODULES", "REQUIRED", "Method", "Parameter", "Ratio", "Selection", "method", "methods"]
+__all__ = [
+    "CUTS",
+    "MODULES",
+    "RANGES",
+    "REQUIRED",
+    "Findings",
+    "Method",
+    "Parameter",
+    "Place",
+    "Positive",
+    "Ratio",
+    "Seed",
+    "Selection",
+    "Survey",
+    "Unit",
+    "collecting",
+    "method",
+    "methods",
+]
 
-MODULES = ("linear", "copying")
+MODULES = (
+    "linear",
+    "similarity",
+    "difference",
+    "task_vectors",
+    "sparse",
+    "centers",
+    "low_rank",
+    "structural",
+    "spherical",
+    "rebasin",
+    "finishing",
+    "copying",
+)
 """The built-in files of methods, in the order people read about them."""
 
 Ratio = float
 """A share that may differ from tensor to tensor: in recipes a number, or a table over blocks and tensor names."""
 
+Unit = float
+"""A ratio from 0 to 1."""
+
+Positive = float
+"""A ratio that is not negative."""
+
+Seed = int
+"""A whole number from 0 to 2^63 - 1."""
+
 Selection = tuple[str, ...]
 """Components of the architecture, or globs over tensor names."""
+
+Findings = Mapping[str, Any]
+"""What a method's survey of whole models found: numbers, texts and lists of them."""
+
+RANGES: Mapping[str, tuple[float, float]] = {"Ratio": (-math.inf, math.inf), "Unit": (0.0, 1.0), "Positive": (0.0, math.inf)}
+"""The kinds of ratios, and what they may be."""
+
+CUTS = ("anywhere", "rows", "filters", "nowhere")
+"""Where the engine may cut a tensor into the slices that a method sees.
+
+`anywhere`: flat slices. `rows`: (rows, length), whole rows of the last dimension; a vector is one row. `filters`: (entries, rest), whole
+entries of the first dimension. `nowhere`: the tensor in its own shape, which takes the memory that it takes.
+"""
 
 REQUIRED = inspect.Parameter.empty
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_REGISTERED: dict[str, Method] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a slice lies; a method asks for it by a keyword-only argument with this annotation."""
+
+    name: str  # of the tensor
+    shape: tuple[int, ...]  # of the tensor
+    start: int  # position of the slice's first element in the flat tensor
+    count: int  # elements of the slice
+    architecture: str
+
+    @property
+    def numel(self) -> int:
+        """Count the tensor's elements."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """A keyword-only argument of a method; `kind` is its annotation: `Ratio`, `list[Ratio]`, `Selection`, `bool`."""
+    """A keyword-only argument of a method.
+
+    `kind` is its annotation: a name in `RANGES`, a list of one, `Selection`, `Seed`, `int`, `bool`; or `word`, one of some.
+    """
 
     name: str
     kind: str
     default: Any
+    words: tuple[str, ...] = ()  # what a `word` may be
+
+    @property
+    def ratio(self) -> str | None:
+        """Name the kind of ratio that this is, or is a list of."""
+        kind = self.kind.removeprefix("list[").removesuffix("]")
+        return kind if kind in RANGES else None
+
+    @property
+    def is_list(self) -> bool:
+        """Tell whether there is one value per model of `models`."""
+        return self.kind.startswith("list[")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What must be known of whole models before any tensor is merged.
+
+    `function(models, **parameters)` gets a view of the step's models and returns `Findings`. It is computed once per models and
+    `parameters` (the method's own, by name) and kept; `version` is raised when it would find something else.
+    """
+
+    name: str
+    version: int
+    function: Callable[..., Findings]
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,44 +147,91 @@ class Method:
     name: str
     version: int
     function: Callable[..., Any]
-    models: tuple[str, ...]  # names of the positional models; empty when any number is taken
+    models: tuple[str, ...]  # names of the positional models
+    is_open: bool = False  # whether any number of `models` follows them
     parameters: Mapping[str, Parameter]
     title: str
     selects: Callable[..., bool] | None = None
     """Given a tensor's name, its component and the parameters, tells whether the result has that tensor."""
+    cut: str = "anywhere"
+    pinned: bool = False
+    """Whether its bytes are promised for one version of torch on one kind of machine only; otherwise it is `exact`."""
+    survey: Survey | None = None
+    place: str = ""  # the argument that wants to know where the slice lies
+    findings: str = ""  # the argument that takes what the survey found
+    origin: str = ""
+    """For methods that are not built in: the digest of the file they come from."""
 
     @property
     def identity(self) -> str:
         """Return what keys know the method by."""
-        return f"{self.name}@{self.version}"
+        return f"{self.name}@{self.version}{f' {self.origin}' if self.origin else ''}"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Name the fields of a step that hold models."""
+        return (*self.models, *(("models",) if self.is_open else ()))
 
 
-def method(*, version: int, selects: Callable[..., bool] | None = None) -> Callable[[Function], Function]:
+_BUILT_IN: dict[str, Method] = {}
+_collected: contextvars.ContextVar[dict[str, Method]] = contextvars.ContextVar("_collected", default=_BUILT_IN)
+
+
+def method(
+    *, version: int, selects: Callable[..., bool] | None = None, cut: str = "anywhere", pinned: bool = False, survey: Survey | None = None
+) -> Callable[[Function], Function]:
     """Register a function as a merge method.
 
     `version` goes into keys: raise it whenever the same inputs would give other bytes.
-    The function must be element-wise and `exact`: made of correctly rounded operations only, so that every machine computes the same bits.
+    The function must be made of correctly rounded operations only, so that every machine computes the same bits, unless it is `pinned`.
+    One that needs facts of the whole tensor is a generator: it yields measures (`methods/measures.py`), is sent their answers, and returns.
     """
+    assert cut in CUTS, f"BUG: tensors cannot be cut {cut}"
 
     def register(function: Function) -> Function:
         signature = inspect.signature(function).parameters.values()
-        _REGISTERED[function.__name__] = Method(
+        keywords = {p.name: str(p.annotation) for p in signature if p.kind is p.KEYWORD_ONLY}
+        _collected.get()[function.__name__] = Method(
             name=function.__name__,
             version=version,
             function=function,
             models=tuple(p.name for p in signature if p.kind is p.POSITIONAL_ONLY),
-            parameters={p.name: Parameter(name=p.name, kind=str(p.annotation), default=p.default) for p in signature if p.kind is p.KEYWORD_ONLY},
+            is_open=any(p.kind is p.VAR_POSITIONAL for p in signature),
+            parameters={p.name: _parameter(p) for p in signature if keywords.get(p.name, "Place") not in {"Place", "Findings"}},
             title=(inspect.getdoc(function) or "").partition("\n")[0],
             selects=selects,
+            cut=cut,
+            pinned=pinned,
+            survey=survey,
+            place=next((name for name, kind in keywords.items() if kind == "Place"), ""),
+            findings=next((name for name, kind in keywords.items() if kind == "Findings"), ""),
         )
         return function
 
     return register
 
 
+def _parameter(argument: inspect.Parameter) -> Parameter:
+    kind = str(argument.annotation)
+    if kind.startswith("Literal["):
+        words = ast.literal_eval(f"({kind[len('Literal[') : -1]},)")
+        return Parameter(name=argument.name, kind="word", default=argument.default, words=words)
+    return Parameter(name=argument.name, kind=kind, default=argument.default)
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[dict[str, Method]]:
+    """Provide the methods that are registered meanwhile, by name."""
+    found: dict[str, Method] = {}
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
+
+
 @functools.cache
 def methods() -> Mapping[str, Method]:
-    """Return every method by name, in the order they are listed."""
-    for module in MODULES:
-        importlib.import_module(f"{__name__}.{module}")
-    return dict(_REGISTERED)
+    """Return every built-in method by name, in the order they are listed."""
+    modules = [importlib.import_module(f"{__name__}.{module}").__name__ for module in MODULES]
+    return dict(sorted(_BUILT_IN.items(), key=lambda entry: modules.index(entry[1].function.__module__)))

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import checkpoints
 import pytest
@@ -20,12 +22,24 @@ from sdmerge_build.errors import SpaceError
 GENERIC = PAIR.replace("sd1", "generic")
 
 
-def large_pair(space: Space) -> None:
+@pytest.fixture(scope="module")
+def two_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two checkpoints of 300 MB, enough to be caught in the middle."""
+    maker = Space(tmp_path_factory.mktemp("large"))
+    files = []
     for n, name in enumerate("AB"):
         values = torch.arange(1 << 20, dtype=torch.float32).add(n).remainder(977).div(977).to(torch.float16)
-        space.checkpoint(name, {f"layer.{i}.weight": values.clone() for i in range(150)})
+        files.append(maker.checkpoint(name, {f"layer.{i}.weight": values.clone() for i in range(150)}))
+    return files
+
+
+@pytest.fixture
+def large_pair(space: Space, two_files: list[Path]) -> Space:
+    """A recipe over them."""
+    for path in two_files:
+        os.link(path, space.path / path.name)
     space.write("recipe.toml", GENERIC)
+    return space
 
 
 def start(space: Space, *args: str) -> subprocess.Popen:
@@ -47,11 +61,11 @@ def finals(space: Space) -> list:
     return [*(space.path / "cache").rglob("model.safetensors"), *(space.path / "out").glob("*")]
 
 
-def test_kill_9_leaves_no_final_name_and_the_next_run_completes(space: Space):
+def test_kill_9_leaves_no_final_name_and_the_next_run_completes(large_pair: Space):
     """
     SIGKILL in the middle leaves nothing that looks finished; the next run removes the debris and makes the same bytes.
     """
-    large_pair(space)
+    space = large_pair
     child = start(space)
     child.kill()
     child.communicate()
@@ -64,11 +78,11 @@ def test_kill_9_leaves_no_final_name_and_the_next_run_completes(space: Space):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_build_leaves_no_debris(space: Space, sent):
+def test_an_interrupted_build_leaves_no_debris(large_pair: Space, sent):
     """
     Ctrl-C and its relatives end with exit code 130, one line, and no file that was not there before.
     """
-    large_pair(space)
+    space = large_pair
     child = start(space)
     child.send_signal(sent)
     _, stderr = child.communicate(timeout=30)
@@ -129,11 +143,11 @@ def test_a_flush_that_fails_is_not_tried_again(space: Space, monkeypatch):
     assert finals(space) == []
 
 
-def test_a_file_larger_than_the_system_allows_is_no_space(space: Space):
+def test_a_file_larger_than_the_system_allows_is_no_space(large_pair: Space):
     """
     A limit of the system on file sizes ends with exit code 7 and says so.
     """
-    large_pair(space)
+    space = large_pair
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000_000, 50_000_000)); sys.argv[0] = 'sdbuild'; from sdmerge_build.__main__ import main; main()"
     run = subprocess.run([sys.executable, "-c", code, "recipe.toml"], cwd=space.path, capture_output=True, text=True, check=False)
 
@@ -147,11 +161,10 @@ def test_several_builds_at_once_make_one_artifact(space: Space):
     Four commands that build the same recipe in the same store all succeed, and leave one artifact, whole.
     """
     space.pair(every=10)
-    command = [sys.executable, "-m", "sdmerge_build", "recipe.toml", "--jobs", "1"]
-    children = [subprocess.Popen(command, cwd=space.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    outputs = [child.communicate(timeout=120) for child in children]
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(lambda _: space.sdbuild("recipe.toml", "--jobs", "1"), range(4)))
 
-    assert [child.returncode for child in children] == [0] * 4, outputs
+    assert [run.returncode for run in runs] == [0] * 4, runs
     assert len(list((space.path / "cache" / "artifacts").rglob("model.safetensors"))) == 1
     assert list((space.path / "cache" / "partial").iterdir()) == []
     assert set(checkpoints.miniature("sd1", "A", every=10)) == set(space.load("mix"))

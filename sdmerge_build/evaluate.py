@@ -1,0 +1,338 @@
+"""Owns evaluation: runs programs on slices of tensors, and finds out what methods ask of whole tensors.
+
+Has never heard of outputs, recipes or keys. Operations are separate and correctly rounded, each on a slice of one tensor, so that results
+do not depend on threads or chunks. What is asked of a whole tensor is measured chunk by chunk, by all threads that wait for the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import inspect
+import math
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdmerge_build.dtypes import ITEMSIZE
+from sdmerge_build.errors import IntegrityError, Issue, SdbuildError
+from sdmerge_build.methods import Findings, Method, Place
+from sdmerge_build.methods.measures import Measure, answer_alone, answered, chunk_size, seen
+from sdmerge_build.programs import Apply, Fit, Load, Program, Round, args_of
+
+__all__ = ["EIGHT_BITS", "LARGEST", "TORCH", "Evaluator", "Stopped", "read_slice", "rounded"]
+
+TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Dtypes that are computed with; all others are moved as bytes."""
+
+EIGHT_BITS = {torch.float8_e4m3fn, torch.float8_e5m2}
+LARGEST = {name: torch.finfo(dtype).max for name, dtype in TORCH.items()}
+_NARROW = {torch.float16, torch.bfloat16, *EIGHT_BITS}
+_POLL_SECONDS = 0.1
+
+
+class Stopped(Exception):  # noqa: N818  nothing is wrong with the one who stops
+    """Somebody else failed, and nobody needs what was being computed."""
+
+
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to another dtype, once, to nearest even.
+
+    torch goes from float64 to 16 and 8 bits by way of float32, which rounds twice; here that middle step rounds to odd, which is harmless
+    (Boldo and Melquiond, "When double rounding is odd", 2004).
+    """
+    if value.dtype is torch.float64 and dtype in _NARROW:
+        near = value.to(torch.float32)
+        bits = near.view(torch.int32)
+        inexact = near.to(torch.float64) != value
+        outwards = near.to(torch.float64).abs() > value.abs()
+        bits = torch.where(inexact, torch.where(outwards, bits - 1, bits) | 1, bits)
+        value = bits.view(torch.float32)
+    return value.to(dtype)
+
+
+def read_slice(files: Sequence[BinaryIO], value: Load, start: int, count: int) -> Tensor:
+    """Read elements of a stored tensor; dtypes that are only moved are seen as bytes."""
+    file, width = files[value.leaf], ITEMSIZE[value.dtype]
+    torch_dtype = TORCH.get(value.dtype, torch.uint8)
+    tensor = torch.empty(count * width // torch_dtype.itemsize, dtype=torch_dtype)
+    view = memoryview((ctypes.c_ubyte * (count * width)).from_address(tensor.data_ptr())).cast("B")
+    file.seek(value.start + start * width)
+    have = 0
+    while have < len(view):
+        got = file.readinto(view[have:])  # type: ignore[attr-defined]  # raw files have it
+        if not got:
+            raise IntegrityError(Issue(where=str(file.name), what="the file became shorter while it was being read"))
+        have += got
+    return tensor
+
+
+class _Job:
+    """One question to one whole tensor: its chunks, what was measured of them, and who waits."""
+
+    def __init__(self, chunks: Sequence[tuple[int, int]]) -> None:
+        self._chunks = chunks
+        self.condition = threading.Condition()
+        self.waiting = list(reversed(range(len(chunks))))
+        self._left = len(chunks)
+        self._states: list[Any] = []
+        self._final: list[bool] = []
+        self._partials: list[dict[int, Any]] = []
+        self.answers: tuple[Any, ...] | None = None
+
+    def take(self, stopped: threading.Event) -> tuple[int, int, int] | None:
+        """Take a chunk to measure: number, start and length; wait while others measure the last ones. None when the answers are there."""
+        with self.condition:
+            while self.answers is None and not self.waiting:
+                self.condition.wait(_POLL_SECONDS)
+                if stopped.is_set():
+                    raise Stopped
+            if self.answers is not None:
+                return None
+            number = self.waiting.pop()
+            return number, *self._chunks[number]
+
+    def measure(self, number: int, measures: Sequence[Measure]) -> None:
+        """Measure a chunk; whoever measures the last one joins them all."""
+        with self.condition:
+            if not self._partials:
+                self._states, self._final = [None] * len(measures), [False] * len(measures)
+                self._partials = [{} for _ in measures]
+            states, final = self._states, self._final
+        found = [None if is_final else m.partial(state) for m, state, is_final in zip(measures, states, final, strict=True)]
+        with self.condition:
+            for measure, partial, known, is_final in zip(measures, found, self._partials, final, strict=True):
+                if not is_final:
+                    key = number if measure.is_ordered else 0
+                    known[key] = measure.added(known[key], partial) if key in known else partial
+            self._left -= 1
+            if not self._left:
+                self._join(measures)
+            self.condition.notify_all()
+
+    def _join(self, measures: Sequence[Measure]) -> None:
+        for n, measure in enumerate(measures):
+            if not self._final[n]:
+                known = self._partials[n]
+                self._final[n], self._states[n] = measure.joined([known[key] for key in sorted(known)], self._states[n])
+        if all(self._final):
+            self.answers = tuple(self._states)
+            return
+        self._states, self._final = list(self._states), list(self._final)
+        self._partials = [{} for _ in measures]
+        self._left = len(self._chunks)
+        self.waiting = list(reversed(range(len(self._chunks))))
+
+
+class _Site(NamedTuple):
+    """One value of a program, on one slice, in one thread."""
+
+    program: int
+    value: int
+    apply: Apply
+    start: int
+    length: int
+    files: Sequence[BinaryIO]
+
+
+class _Whole:
+    """The result of a method that needs the tensor in one piece."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.result: Tensor | None = None
+
+
+class Evaluator:
+    """Evaluates the programs of one walk, for all its threads. A thread that fails sets `stopped`, so that nobody waits for it."""
+
+    def __init__(self, programs: Sequence[Program], architecture: str, findings: Mapping[str, Findings]) -> None:
+        self._programs = programs
+        self._architecture = architecture
+        self._findings = findings  # by step
+        self._lock = threading.Lock()
+        self._jobs: dict[int, dict[tuple[int, int], _Job]] = {}  # by program, then value and phase
+        self._whole: dict[int, dict[int, _Whole]] = {}  # by program, then value
+        self._orders: dict[tuple[int, frozenset[int], bool], tuple[int, ...]] = {}
+        self._left = [program.numel for program in programs]
+        self.stopped = threading.Event()
+
+    def evaluate(
+        self, index: int, start: int, count: int, files: Sequence[BinaryIO], wanted: Collection[int], targets: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """Evaluate `wanted` values of a program on a slice, flat; where there is a target, the result is rounded straight into it."""
+        program = self._programs[index]
+        values: dict[int, Tensor] = {}
+        wide: dict[tuple[int, torch.dtype], Tensor] = {}
+        for n in self._order(index, frozenset(wanted), in_slices=count < program.numel):
+            match program.values[n]:
+                case Load() as load:
+                    values[n] = read_slice(files, load, start, count if load.numel == program.numel else load.numel)
+                case Round() as copy:
+                    values[n] = _narrowed(values[copy.arg], copy.dtype, saturates=copy.saturates)
+                case Fit() as fit:
+                    values[n] = _fitted(fit, values)
+                case Apply() as apply:
+                    size = math.prod(apply.shape)
+                    site = _Site(index, n, apply, start, count if size == program.numel else size, files)
+                    with _own_fault(apply.method, program.tensor):
+                        values[n] = self._applied(site, values, wide, targets.get(n))
+            for dead in program.last_used[n]:
+                values.pop(dead, None)
+                wide = {key: tensor for key, tensor in wide.items() if key[0] != dead}
+        return values
+
+    def conclusion(self, index: int, value: int, files: Sequence[BinaryIO]) -> Any:
+        """Run a measured function over a whole tensor, and return what it returns when all its questions are answered."""
+        program = self._programs[index]
+        apply = program.values[value]
+        assert isinstance(apply, Apply), "BUG: only a function concludes"
+        site = _Site(index, value, apply, 0, min(program.grain, program.numel), files)
+        values = self.evaluate(index, site.start, site.length, files, args_of(apply), {})
+        return answered(self._started(site, values, {}), lambda phase, _: self._answers(site, phase))
+
+    def release(self, index: int, count: int) -> None:
+        """Forget what was learned of a tensor once all its elements were evaluated."""
+        with self._lock:
+            self._left[index] -= count
+            if not self._left[index]:
+                self._jobs.pop(index, None)
+                self._whole.pop(index, None)
+
+    def _order(self, index: int, wanted: frozenset[int], *, in_slices: bool) -> tuple[int, ...]:
+        """List the values that some values need, and themselves, in order. Of what cannot be cut, slices need the result alone."""
+        if (index, wanted, in_slices) not in self._orders:
+            needed = set(wanted)
+            for n, value in reversed(list(enumerate(self._programs[index].values))):
+                if n in needed and not (in_slices and isinstance(value, Apply) and value.method.cut == "nowhere"):
+                    needed |= args_of(value)
+            self._orders[index, wanted, in_slices] = tuple(sorted(needed))
+        return self._orders[index, wanted, in_slices]
+
+    def _applied(self, site: _Site, values: Mapping[int, Tensor], wide: dict[tuple[int, torch.dtype], Tensor], target: Tensor | None) -> Tensor:
+        apply, numel = site.apply, math.prod(site.apply.shape)
+        if apply.method.cut == "nowhere" and (site.start, site.length) != (0, numel):
+            return self._of_whole(site)[site.start : site.start + site.length]
+        made = self._started(site, values, wide)
+        if inspect.isgenerator(made):
+            size = chunk_size(apply.method.cut, self._programs[site.program].grain)
+            alone = (site.start, site.length) == (0, numel) and (numel <= size or apply.method.cut == "nowhere")
+            made = answered(made, answer_alone if alone else lambda phase, _: self._answers(site, phase))
+        result = made.reshape(-1)
+        if target is None:
+            return _narrowed(result, apply.dtype, saturates=apply.saturates)
+        if apply.saturates:
+            result = _saturated(result, target.dtype)
+        return target.copy_(rounded(result, target.dtype) if result.dtype is torch.float64 else result)
+
+    def _started(self, site: _Site, values: Mapping[int, Tensor], wide: dict[tuple[int, torch.dtype], Tensor]) -> Any:
+        """Call a method on a slice: its result, or a generator that has not begun."""
+        apply, method = site.apply, site.apply.method
+        models = [None if a is None else seen(_widened(a, values, apply.compute, wide), method.cut, apply.shape) for a in apply.args]
+        params = dict(apply.params)
+        if method.place:
+            name = self._programs[site.program].tensor
+            params[method.place] = Place(name=name, shape=apply.shape, start=site.start, count=site.length, architecture=self._architecture)
+        if method.findings:
+            params[method.findings] = self._findings[apply.step]
+        return method.function(*models, **params)
+
+    def _answers(self, site: _Site, phase: int) -> tuple[Any, ...]:
+        """Answer what a method asks of a whole tensor; whoever comes first or meanwhile helps to measure."""
+        numel, grain = self._programs[site.program].numel, self._programs[site.program].grain
+        with self._lock:
+            jobs = self._jobs.setdefault(site.program, {})
+            if (site.value, phase) not in jobs:
+                size = chunk_size(site.apply.method.cut, grain)
+                jobs[site.value, phase] = _Job([(start, min(size, numel - start)) for start in range(0, numel, size)])
+            job = jobs[site.value, phase]
+        while chunk := job.take(self.stopped):
+            number, start, count = chunk
+            job.measure(number, self._asked(site._replace(start=start, length=count), phase))
+        assert job.answers is not None, "BUG: a job ends with its answers"
+        return job.answers
+
+    def _asked(self, site: _Site, phase: int) -> Sequence[Measure]:
+        """Run a method on a chunk until it asks for the measures of a phase."""
+        values = self.evaluate(site.program, site.start, site.length, site.files, args_of(site.apply), {})
+        made = self._started(site, values, {})
+        asked = next(made)
+        for earlier in range(phase):
+            answers = self._answers(site, earlier)
+            asked = made.send(answers if isinstance(asked, tuple) else answers[0])
+        return asked if isinstance(asked, tuple) else (asked,)
+
+    def _of_whole(self, site: _Site) -> Tensor:
+        """Return the result of a method that needs the tensor in one piece: computed once, by whoever comes first."""
+        with self._lock:
+            known = self._whole.setdefault(site.program, {})
+            is_first = site.value not in known
+            whole = known.setdefault(site.value, _Whole())
+        if is_first:
+            numel = math.prod(site.apply.shape)
+            everything = site._replace(start=0, length=numel)
+            values = self.evaluate(site.program, 0, numel, site.files, args_of(site.apply), {})
+            whole.result = self._applied(everything, values, {}, None)
+            whole.done.set()
+        while not whole.done.wait(_POLL_SECONDS):
+            if self.stopped.is_set():
+                raise Stopped
+        assert whole.result is not None, "BUG: a whole ends with its result"
+        return whole.result
+
+
+@contextlib.contextmanager
+def _own_fault(method: Method, tensor: str) -> Iterator[None]:
+    """Say of what goes wrong in a method that is not built in whose fault it is."""
+    try:
+        yield
+    except Exception as error:
+        if not method.origin or isinstance(error, (SdbuildError, Stopped)):
+            raise
+        what = f"method `{method.name}` fails on tensor `{tensor}`: {type(error).__name__}: {str(error)[:300]}"
+        raise SdbuildError(Issue(what=what, hint="a method returns a tensor of the shape it was given")) from error
+
+
+def _widened(arg: int, values: Mapping[int, Tensor], compute: str, wide: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
+    """Give a value the dtype that arithmetic is done in; converted once for all who use it."""
+    value = values[arg]
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(compute, value.dtype)
+    if dtype in EIGHT_BITS:
+        dtype = torch.float32  # no arithmetic is defined on eight bits
+    if dtype is value.dtype:
+        return value
+    if (arg, dtype) not in wide:
+        wide[arg, dtype] = value.to(dtype)
+    return wide[arg, dtype]
+
+
+def _narrowed(value: Tensor, dtype: str, *, saturates: bool) -> Tensor:
+    """Round a value to a dtype by name; what is only moved stays as it is."""
+    if dtype not in TORCH:
+        return value
+    return rounded(_saturated(value, TORCH[dtype]) if saturates else value, TORCH[dtype])
+
+
+def _saturated(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Take the largest number of a dtype for what is larger; what is not a number stays so."""
+    largest = torch.finfo(dtype).max
+    return value.to(torch.float32).clamp(-largest, largest) if value.dtype in EIGHT_BITS else value.clamp(-largest, largest)
+
+
+def _fitted(fit: Fit, values: Mapping[int, Tensor]) -> Tensor:
+    """Take of a value what two shapes have in common, and the rest from another, or zeros."""
+    value = values[fit.arg].view(fit.shape)
+    common = tuple(slice(0, min(sizes)) for sizes in zip(fit.shape, fit.to, strict=True))
+    made = value.new_zeros(fit.to) if fit.under is None else values[fit.under].view(fit.to).clone()
+    made[common] = value[common]
+    return made.reshape(-1)

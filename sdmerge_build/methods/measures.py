@@ -1,0 +1,290 @@
+"""Owns what a method may ask of a whole tensor while it sees slices of it: sums, counts, extremes, order statistics.
+
+Has never heard of files or threads. A measure takes a partial of a slice, and joins the partials of all chunks of a tensor into one answer;
+chunks are the same for every run, and nothing depends on the order in which they are measured.
+
+Sums are of float64 terms, added element by element in a fixed order and at last by `math.fsum`, which rounds once: `torch.sum` adds in an
+order that depends on the CPU. Order statistics are exact and never sort: they count digits of the numbers' bits, the leading digit first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CHUNK",
+    "Measure",
+    "answer_alone",
+    "answered",
+    "chunk_size",
+    "columns",
+    "count",
+    "dot",
+    "kth",
+    "least",
+    "most",
+    "row_sums",
+    "seen",
+    "total",
+]
+
+CHUNK = 1 << 17
+"""Elements measured at once. Part of what a sum is: another size would be another order of additions."""
+
+_WIDE_CHUNK = 1 << 19  # where every chunk leaves a vector behind
+_LANES = 2048  # terms that are added side by side: they stay in the first cache
+
+T = TypeVar("T")
+
+
+class Measure(Protocol):
+    """What is asked of a tensor, with one slice of it in hand."""
+
+    is_ordered: bool
+    """Whether all partials are needed at the end, in the order of their chunks; others are added as they come."""
+
+    def partial(self, state: Any) -> Any:
+        """Measure the slice, in the round that `state` stands for; None is the first."""
+
+    def joined(self, partials: Sequence[Any], state: Any) -> tuple[bool, Any]:
+        """Join the partials of all chunks, in their order: `(True, answer)`, or `(False, state)` when another round is needed."""
+
+    def added(self, one: Any, other: Any) -> Any:
+        """Make one partial of two."""
+
+
+def dot(x: Tensor, y: Tensor) -> Measure:
+    """Ask for the sum of `x * y` over the tensor, as a float."""
+    return _Sum(x.to(torch.float64).mul(y))
+
+
+def total(x: Tensor) -> Measure:
+    """Ask for the sum of `x` over the tensor, as a float."""
+    return _Sum(x.to(torch.float64))
+
+
+def columns(x: Tensor, y: Tensor) -> Measure:
+    """Ask for the sums of `x * y` over the first dimension, as a float64 tensor (rest,); for methods that cut between filters."""
+    return _Columns(x.to(torch.float64).mul(y))
+
+
+def count(mask: Tensor) -> Measure:
+    """Ask how many elements of a bool tensor are true, as an int."""
+    return _Count(mask)
+
+
+def least(x: Tensor) -> Measure:
+    """Ask for the smallest element, as a float; NaN where there is any."""
+    return _Extreme(x, torch.amin)
+
+
+def most(x: Tensor) -> Measure:
+    """Ask for the largest element, as a float; NaN where there is any."""
+    return _Extreme(x, torch.amax)
+
+
+def kth(x: Tensor, rank: int) -> Measure:
+    """Ask for the `rank`-th smallest element, counted from 1, of a tensor without negative elements, as a float. NaN counts as largest."""
+    return _Kth(x, rank)
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """Sum the rows of a (rows, length) tensor in an order that is the same everywhere; float64 (rows,)."""
+    return _folded(x.to(torch.float64).t())
+
+
+def chunk_size(cut: str, grain: int) -> int:
+    """Return how many elements of a tensor are measured at once: whole grains."""
+    wanted = _WIDE_CHUNK if cut == "filters" else CHUNK
+    return max(grain, wanted // grain * grain)
+
+
+def seen(flat: Tensor, cut: str, shape: Sequence[int]) -> Tensor:
+    """Give a flat slice the shape in which a method with this cut sees it."""
+    match cut:
+        case "rows":
+            return flat.view(-1, shape[-1]) if shape and shape[-1] else flat.view(1, -1)
+        case "filters":
+            return flat.view(-1, math.prod(shape[1:])) if math.prod(shape[1:]) else flat.view(-1, 1)
+        case "nowhere":
+            return flat.view(tuple(shape))
+    return flat
+
+
+def answered(made: Iterator[Any], answer: Any) -> Any:
+    """Run a measured method to its result; `answer(phase, measures)` gives the answers to what it asks."""
+    phase = 0
+    try:
+        asked = next(made)
+        while True:
+            answers = answer(phase, asked if isinstance(asked, tuple) else (asked,))
+            asked = made.send(answers if isinstance(asked, tuple) else answers[0])  # type: ignore[attr-defined]  # a generator
+            phase += 1
+    except StopIteration as done:
+        return done.value
+
+
+def answer_alone(_: int, measures: Sequence[Measure]) -> tuple[Any, ...]:
+    """Answer what is asked of a tensor that is one chunk."""
+    return tuple(_alone(measure) for measure in measures)
+
+
+def _alone(measure: Measure) -> Any:
+    is_final, state = False, None
+    while not is_final:
+        is_final, state = measure.joined([measure.partial(state)], state)
+    return state
+
+
+def _folded(x: Tensor) -> Tensor:
+    """Add the rows of a float64 tensor element by element: the upper half onto the lower, until one is left."""
+    if not len(x):
+        return x.new_zeros(x.shape[1:])
+    while len(x) > 1:
+        half = len(x) // 2
+        folded = x[:half] + x[half : 2 * half]
+        if len(x) % 2:
+            folded[0] += x[-1]
+        x = folded
+    return x[0]
+
+
+class _Sum:
+    """The sum of float64 terms."""
+
+    is_ordered = True
+
+    def __init__(self, terms: Tensor) -> None:
+        self._terms = terms.reshape(-1)
+
+    def partial(self, _: Any) -> float:
+        terms = self._terms
+        lanes = terms[: len(terms) // _LANES * _LANES].view(-1, _LANES)
+        if len(lanes):
+            rest = terms[lanes.numel() :]
+            terms = lanes[0].clone()
+            for row in lanes[1:]:
+                terms += row
+            terms[: len(rest)] += rest
+            terms = _folded(terms.view(16, -1))
+        return _exact_sum(terms.tolist())
+
+    def joined(self, partials: Sequence[float], _: Any) -> tuple[bool, float]:
+        return True, _exact_sum(partials)
+
+    def added(self, one: float, other: float) -> float:
+        raise NotImplementedError
+
+
+def _exact_sum(terms: Sequence[float]) -> float:
+    """Sum with one rounding; what is infinite or not a number stays so instead of being refused."""
+    try:
+        return math.fsum(terms)
+    except (OverflowError, ValueError):
+        return sum(terms)
+
+
+class _Columns:
+    """Sums over the first dimension."""
+
+    is_ordered = True
+
+    def __init__(self, terms: Tensor) -> None:
+        self._terms = terms
+
+    def partial(self, _: Any) -> Tensor:
+        return _folded(self._terms).clone()
+
+    def joined(self, partials: Sequence[Tensor], _: Any) -> tuple[bool, Tensor]:
+        return True, _folded(torch.stack(list(partials)))
+
+    def added(self, one: Tensor, other: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _Count:
+    """How many are true."""
+
+    is_ordered = False
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+
+    def partial(self, _: Any) -> int:
+        return int(torch.count_nonzero(self._mask))
+
+    def joined(self, partials: Sequence[int], _: Any) -> tuple[bool, int]:
+        return True, sum(partials)
+
+    def added(self, one: int, other: int) -> int:
+        return one + other
+
+
+class _Extreme:
+    """The smallest or the largest."""
+
+    is_ordered = False
+
+    def __init__(self, x: Tensor, extreme: Any) -> None:
+        self._x, self._extreme = x, extreme
+
+    def partial(self, _: Any) -> Tensor:
+        return self._extreme(self._x.reshape(-1), 0)  # type: ignore[no-any-return]
+
+    def joined(self, partials: Sequence[Tensor], _: Any) -> tuple[bool, float]:
+        return True, self._extreme(torch.stack(list(partials)), 0).item()
+
+    def added(self, one: Tensor, other: Tensor) -> Tensor:
+        return self._extreme(torch.stack([one, other]), 0)  # type: ignore[no-any-return]
+
+
+_DIGITS: Mapping[torch.dtype, tuple[torch.dtype, tuple[int, ...]]] = {
+    torch.float16: (torch.int16, (0,)),
+    torch.bfloat16: (torch.int16, (0,)),
+    torch.float32: (torch.int32, (16, 0)),
+    torch.float64: (torch.int64, (48, 32, 16, 0)),
+}
+"""For each dtype, the whole numbers its bits are read as, and where their digits of sixteen bits begin, the leading one first."""
+
+
+class _Kth:
+    """An order statistic: the bits of numbers that are not negative are in the order of the numbers."""
+
+    is_ordered = False
+
+    def __init__(self, x: Tensor, rank: int) -> None:
+        self._whole, self._shifts = _DIGITS[x.dtype]
+        self._dtype, self._rank = x.dtype, rank
+        self._bits = x.contiguous().view(-1).view(self._whole)
+
+    def partial(self, state: tuple[int, int, int] | None) -> Tensor:
+        """Count the digits of this round, among the numbers that begin with the digits found so far."""
+        done, prefix, _ = state or (0, 0, 0)
+        shift = self._shifts[done]
+        bits = self._bits
+        if done:
+            bits = bits[(bits >> (shift + 16)) == prefix]
+        digits = (bits >> shift if shift else bits).to(torch.int32) & 0xFFFF
+        return torch.bincount(digits, minlength=1 << 16)
+
+    def joined(self, partials: Sequence[Tensor], state: tuple[int, int, int] | None) -> tuple[bool, Any]:
+        done, prefix, below = state or (0, 0, 0)
+        [counts] = partials
+        if not 1 <= self._rank - below <= int(counts.sum()):
+            message = f"BUG: rank {self._rank} of {int(counts.sum()) + below} elements"
+            raise AssertionError(message)
+        running = counts.cumsum(0)
+        digit = int(torch.searchsorted(running, self._rank - below))
+        below += int(running[digit] - counts[digit])
+        prefix = prefix << 16 | digit
+        if done + 1 < len(self._shifts):
+            return False, (done + 1, prefix, below)
+        return True, torch.tensor([prefix], dtype=torch.int64).to(self._whole).view(self._dtype).item()
+
+    def added(self, one: Tensor, other: Tensor) -> Tensor:
+        return one + other

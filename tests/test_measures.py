@@ -1,0 +1,243 @@
+"""Measures: what a method asks of a whole tensor is the same for every slicing, thread count and CPU, and right."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import applied
+import checkpoints
+import pytest
+import torch
+from conftest import Space
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdmerge_build import passes, programs
+from sdmerge_build.errors import SdbuildError
+from sdmerge_build.methods import collecting, method
+from sdmerge_build.methods.measures import CHUNK, answer_alone, columns, count, dot, kth, least, most, row_sums, total
+
+NUMBERS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6), min_size=1, max_size=300)
+
+
+def answers(*measures):
+    """Answer measures of a tensor that is one chunk."""
+    return answer_alone(0, measures)
+
+
+@settings(deadline=None)
+@given(NUMBERS)
+def test_a_sum_is_the_exact_sum_of_its_terms_rounded(numbers):
+    """
+    Up to the last bits that additions in a fixed order leave, a sum is that of exact fractions; of products too.
+    """
+    x = torch.tensor(numbers, dtype=torch.float32)
+    exact = sum(Fraction(n) for n in x.tolist())
+    squares = sum(Fraction(n) ** 2 for n in x.tolist())
+    scale = float(sum(abs(Fraction(n)) for n in x.tolist()))
+
+    [plain, product] = answers(total(x), dot(x, x))
+
+    assert plain == pytest.approx(float(exact), rel=0, abs=1e-14 * scale)
+    assert product == pytest.approx(float(squares), rel=1e-14)
+
+
+@settings(max_examples=60, deadline=None)
+@given(NUMBERS, st.data())
+def test_an_order_statistic_is_that_of_sorting(numbers, data):
+    """
+    The k-th smallest is what sorting would find, in every dtype.
+    """
+    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+    x = torch.tensor(numbers, dtype=torch.float32).clamp(-60000, 60000).to(dtype).abs()
+    rank = data.draw(st.integers(1, len(x)))
+
+    assert answers(kth(x, rank)) == (torch.sort(x).values[rank - 1].item(),)
+
+
+def test_counts_and_extremes():
+    """
+    A count counts what is true; the extremes of a tensor with a NaN are NaN.
+    """
+    x = torch.tensor([3.0, -2.0, 7.5])
+
+    assert answers(count(x > 0), least(x), most(x)) == (2, -2.0, 7.5)
+    assert math.isnan(answers(most(torch.tensor([1.0, math.nan])))[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5), (7, 3), (64, 33)])
+def test_rows_and_columns_are_summed(shape):
+    """
+    Sums along rows and down columns are those of exact fractions, as far as float64 goes.
+    """
+    x = checkpoints.numbers("A", "w", shape, torch.float32)
+    rows = [float(sum(Fraction(n) for n in row)) for row in x.tolist()]
+    down = [float(sum(Fraction(n) ** 2 for n in column)) for column in x.t().tolist()]
+
+    assert row_sums(x).tolist() == pytest.approx(rows, rel=1e-13, abs=1e-15)
+    assert answers(columns(x, x))[0].tolist() == pytest.approx(down, rel=1e-13)
+
+
+with collecting() as OWN:
+
+    @method(version=1)
+    def centred(a, /):
+        """Scale by the median magnitude, after taking the mean away: two questions, the second about an answer."""
+        mean = (yield total(a)) / 300_007
+        middle, size = yield kth((a - mean).abs(), 150_000), dot(a - mean, a - mean)
+        return (a - mean) * (1 / middle) * (1 / math.sqrt(size))
+
+    @method(version=1, cut="filters")
+    def by_column(a, /):
+        """Divide by the sums of squares of the columns."""
+        return a / (yield columns(a, a)).to(a.dtype)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("centred", (300_007,)), ("by_column", (900, 1024))])
+@pytest.mark.parametrize("slice_size", [CHUNK, 40_000, 8 * 1024 + 8])
+def test_what_is_asked_of_a_tensor_does_not_depend_on_how_it_is_cut(name, shape, slice_size):
+    """
+    A tensor of several chunks gives the same bits for every size of slice.
+    """
+    a = checkpoints.numbers("A", "w", shape, torch.float32)
+    whole = applied.evaluate(OWN[name], [a], {})
+
+    assert applied.evaluate(OWN[name], [a], {}, slice_size=slice_size).equal(whole)
+
+
+METHODS = '''
+from sdmerge_build.methods import Place, Ratio, method
+
+@method(version=1)
+def centred(a, b, /, *, alpha: Ratio = 0.5):
+    """Ask twice: for a sum, and for a median of what the sum changes."""
+    from sdmerge_build.methods.measures import dot, kth, total
+    mean, size = yield total(a), dot(a, b)
+    middle = yield kth((a - mean / 100_000).abs(), 1)
+    return a * (1 - alpha) + b * (alpha * size) + middle
+
+@method(version=1, cut="rows")
+def rows(a, /):
+    """Divide rows by their sums."""
+    from sdmerge_build.methods.measures import row_sums
+    return a / row_sums(a.abs()).to(a.dtype).unsqueeze(1)
+
+@method(version=1, cut="filters")
+def filters(a, /):
+    """Multiply by sums over columns."""
+    from sdmerge_build.methods.measures import columns
+    return a * (yield columns(a, a)).to(a.dtype)
+
+@method(version=1, cut="nowhere")
+def whole(a, /):
+    """Turn a tensor round in every dimension."""
+    return a.flip(tuple(range(a.ndim)))
+
+@method(version=1)
+def placed(a, /, *, place: Place):
+    """Add to every element its position, in millionths."""
+    import torch
+    return a + torch.arange(place.start, place.start + place.count, dtype=a.dtype) * 1e-6
+'''
+
+RECIPE = """
+recipe = 1
+architecture = "generic"
+methods = ["own.py"]
+[defaults]
+dtype = "fp32"
+[source.A]
+path = "A.safetensors"
+[source.B]
+path = "B.safetensors"
+[step.first]
+method = "centred"
+a = "A"
+b = "B"
+artifact = true
+[step.second]
+method = "rows"
+a = "nested"
+[step.third]
+method = "filters"
+a = "nested"
+artifact = true
+[step.fourth]
+method = "whole"
+a = "third"
+[step.fifth]
+method = "placed"
+a = "whole-of-B"
+[step.whole-of-B]
+method = "whole"
+a = "B"
+[step.nested]
+method = "centred"
+a = "B"
+b = "unkept"
+alpha = 0.25
+[step.unkept]
+formula = "0.5 * A + 0.5 * B"
+"""
+
+SHAPES = {"big.weight": (700, 513), "conv.weight": (40, 70, 3, 3), "vector": (200_003,), "small": (5, 7), "one": (1,), "scalar": ()}
+
+
+def lay_down(space: Space) -> dict[str, dict[str, torch.Tensor]]:
+    models = {m: {name: checkpoints.numbers(m, name, shape, torch.float32) + 0.01 for name, shape in SHAPES.items()} for m in "AB"}
+    for name, tensors in models.items():
+        space.checkpoint(name, tensors)
+    space.write("own.py", METHODS)
+    space.write("recipe.toml", RECIPE)
+    return models
+
+
+def test_the_engine_gives_measured_methods_what_whole_tensors_would(space: Space):
+    """
+    Steps on steps that ask about whole tensors, see rows, filters, or everything, have the bits of evaluating whole tensors one by one.
+    """
+    from sdmerge_build.methods.own import methods_in
+
+    models = lay_down(space)
+    space.build()
+    own = methods_in(space.path / "own.py", None)
+    for name in SHAPES:
+        a, b = models["A"][name], models["B"][name]
+        first = applied.evaluate(own["centred"], [a, b], {}, name=name)
+        nested = applied.evaluate(own["centred"], [b, a * 0.5 + b * 0.5], {"alpha": 0.25}, name=name)
+        third = applied.evaluate(own["filters"], [nested], {}, name=name)
+        assert space.load("first")[name].equal(first), name
+        assert space.load("second")[name].equal(applied.evaluate(own["rows"], [nested], {}, name=name)), name
+        assert space.load("third")[name].equal(third), name
+        assert space.load("fourth")[name].equal(applied.evaluate(own["whole"], [third], {}, name=name)), name
+        turned = applied.evaluate(own["whole"], [b], {}, name=name)
+        assert space.load("fifth")[name].equal(applied.evaluate(own["placed"], [turned], {}, name=name)), name
+
+
+@pytest.mark.parametrize(("slice_", "batch", "jobs"), [(10_000, 30_000, 3), (1 << 20, 1 << 22, 1)])
+def test_measured_methods_do_not_depend_on_slices_and_threads(space: Space, monkeypatch, slice_, batch, jobs):
+    """
+    Artifacts have one sha256 whatever is worked on at once, and by however many.
+    """
+    lay_down(space)
+    usual = {wish.step.name: wish.stored.sha256 for wish in space.build().wishes}
+    monkeypatch.setattr(programs, "SLICE", slice_)
+    monkeypatch.setattr(passes, "BATCH", batch)
+    again = space.build(store=space.path / "other", out=space.path / "other-out", jobs=jobs)
+
+    assert {wish.step.name: wish.stored.sha256 for wish in again.wishes} == usual
+
+
+def test_a_method_that_fails_ends_the_build_and_not_in_a_wait(space: Space):
+    """
+    When a method raises while others wait for its measures, the build ends with the error, and nothing is left behind.
+    """
+    lay_down(space)
+    space.write("own.py", METHODS.replace("return a * (yield", "1 / 0\n    return a * (yield"))
+    with pytest.raises(SdbuildError) as caught:
+        space.build(jobs=3)
+
+    assert "method `filters` fails on tensor `" in str(caught.value)
+    assert "ZeroDivisionError: division by zero" in str(caught.value)
+    assert list((space.path / "cache" / "partial").iterdir()) == []
