@@ -37,6 +37,7 @@ TORCH = {
 
 EIGHT_BITS = {torch.float8_e4m3fn, torch.float8_e5m2}
 LARGEST = {name: torch.finfo(dtype).max for name, dtype in TORCH.items()}
+_BEYOND_E4M3 = 464.0  # half a step above the largest number; the tie goes to it, which is even
 _NARROW = {torch.float16, torch.bfloat16, *EIGHT_BITS}
 _POLL_SECONDS = 0.1
 
@@ -58,6 +59,8 @@ def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
         outwards = near.to(torch.float64).abs() > value.abs()
         bits = torch.where(inexact, torch.where(outwards, bits - 1, bits) | 1, bits)
         value = bits.view(torch.float32)
+    if dtype is torch.float8_e4m3fn and value.dtype is not dtype:  # it has no infinity, and torch makes 448 of whatever is too large
+        value = torch.where(value.to(torch.float32).abs() > _BEYOND_E4M3, math.nan, value)
     return value.to(dtype)
 
 
@@ -233,7 +236,7 @@ class Evaluator:
             return _narrowed(result, apply.dtype, saturates=apply.saturates)
         if apply.saturates:
             result = _saturated(result, target.dtype)
-        return target.copy_(rounded(result, target.dtype) if result.dtype is torch.float64 else result)
+        return target.copy_(rounded(result, target.dtype) if result.dtype is torch.float64 or target.dtype in EIGHT_BITS else result)
 
     def _started(self, site: _Site, values: Mapping[int, Tensor], wide: dict[tuple[int, torch.dtype], Tensor]) -> Any:
         """Call a method on a slice: its result, or a generator that has not begun."""

@@ -20,7 +20,13 @@ def grain_of(method: Method, shape: Sequence[int]) -> int:
 
 
 def evaluate(
-    method: Method, models: Sequence[torch.Tensor], params: Mapping[str, Any], *, name: str = "layer.weight", findings: Any = None, slice_size: int = 0
+    method: Method,
+    models: Sequence[torch.Tensor],
+    params: Mapping[str, Any],
+    *,
+    name: str = "layer.weight",
+    findings: Any = None,
+    slice_size: int = 0,
 ) -> torch.Tensor:
     """
     Apply a method to whole tensors of one shape; parameters left out have their defaults, and a number stands for a list of it.

@@ -20,8 +20,8 @@ from conftest import Space
 from hubs import HubFile, Hubs
 
 from sdmerge_build.cli import sdbuild
-from sdmerge_build.cli.methods import signature
-from sdmerge_build.methods import REQUIRED, Parameter, methods
+from sdmerge_build.methods import methods
+from sdmerge_build.methods.documentation import documentation_of, table
 from sdmerge_build.plan import plan_recipe
 from sdmerge_build.recipe import Defaults, SourceTable, StepTable, read_recipe
 from sdmerge_build.schema import SCHEMA_FILE, recipe_schema, schema_text
@@ -66,23 +66,11 @@ def test_every_recipe_fragment_in_readme_is_read(space: Space, block):
     assert plan_recipe(read_recipe(space.write("shown.toml", block))).wanted
 
 
-def documented(parameter: Parameter) -> str:
-    """Write a parameter with what holds when it is left out."""
-    if parameter.default is REQUIRED:
-        return f"`{parameter.name}`"
-    shown = ", ".join(f"`{item}`" for item in parameter.default) or "none" if isinstance(parameter.default, tuple) else parameter.default
-    return f"`{parameter.name}` ({shown})"
-
-
 def test_the_table_of_methods_is_that_of_the_program():
     """README's table holds every method with its fields and the first line of its docstring."""
-    table = README.partition("<!-- methods: checked by a test -->\n")[2].partition("\n\n")[0]
-    rows = ["| Method | Fields | Does |", "|---|---|---|"]
-    for method in methods().values():
-        fields = ", ".join([*(f"`{model}`" for model in method.models or ("models",)), *map(documented, method.parameters.values())])
-        rows.append(f"| `{method.name}` | {fields} | {method.title} |")
+    shown = README.partition("<!-- methods: `python -m sdmerge_build.methods.documentation` -->\n")[2].partition("\n\n")[0]
 
-    assert table.splitlines() == rows
+    assert f"{shown}\n" == table()
 
 
 def test_every_field_and_option_is_documented():
@@ -173,13 +161,27 @@ def test_the_benchmark_runs(space: Space):
 
 
 def test_methods_lists_and_describes(space: Space):
-    """`sdbuild methods` prints every signature, and one method's parameters on request."""
+    """`sdbuild methods` prints every method, and one method's fields on request."""
     listed = space.sdbuild("methods").stdout
     described = space.sdbuild("methods", "weighted_sum").stdout
 
-    assert all(signature(method) in listed and method.title in listed for method in methods().values())
-    assert "alpha    a number, or a table over blocks and tensor names; 0.5 unless said" in described
+    assert [line.split()[0] for line in listed.splitlines()] == list(methods())
+    assert "  alpha  a number, or a table over blocks and tensor names; 0.5 unless said\n         how much of `b`." in described
+    assert "Elsewhere: supermerger" in described
     assert space.sdbuild("methods", "wieghted_sum").stderr == "error: there is no method `wieghted_sum`\n\nhint: did you mean `weighted_sum`?\n"
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_is_explained(name):
+    """Each says what it does with its formula, what each parameter is, where it comes from and how it is called elsewhere."""
+    method = methods()[name]
+    said = documentation_of(method)
+
+    assert re.fullmatch(r"[A-Z].*[.`]", said.title)
+    assert said.origin
+    assert said.elsewhere
+    assert set(said.parameters) == set(method.parameters)
+    assert not {*method.roles, *method.parameters} & set(StepTable.model_fields)
 
 
 def test_the_schema_is_that_of_the_models():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import applied
 import checkpoints
 import pytest
 import torch
 from blake3 import blake3
 
 from sdmerge_build.blend import blend_of
-from sdmerge_build.methods import methods
+from sdmerge_build.methods import REQUIRED, Parameter, methods
 
 GOLDEN = Path(__file__).parent / "golden" / "methods.toml"
 PARAMS = {
@@ -19,15 +25,39 @@ PARAMS = {
     "add_difference": {"alpha": 0.8},
     "linear": {"weights": (0.5, 0.3, 0.2)},
     "copy": {"pick": ("*",), "drop": ()},
+    "add_cosine_a": {"alpha": -0.2},
+    "add_cosine_b": {"alpha": -0.2},
+    "cosine_a": {"alpha": 0.05},
+    "cosine_b": {"alpha": 0.05},
+    "smoothstep_sum": {"alpha": 0.3},
+    "inverse_smoothstep_sum": {"alpha": 0.3},
+    "nearswap": {"t": 0.05},
+}
+"""Parameters other than what `usual` says."""
+
+FINDINGS = {
+    "cosine_a": {"low": -0.3, "high": 0.3},
+    "cosine_b": {"low": -0.3, "high": 0.3},
+    "rebasin": {},
 }
 
 
+def usual(parameter: Parameter) -> Any:
+    """Give a parameter a value that does something: numbers of no special meaning, and defaults for the rest."""
+    if parameter.ratio:
+        return 0.35 if parameter.default is REQUIRED or parameter.default in {0, 1} else parameter.default
+    return parameter.default
+
+
 def golden_digest(name: str) -> str:
-    """Digest what a method makes of three fixed models, in float32."""
+    """Digest what a method makes of three fixed models, in float32; of pinned methods, what is left in float64 of six decimals."""
     method = methods()[name]
     seeds = [int.from_bytes(f"{letter}/golden".encode(), "little") for letter in "ABC"[: 3 if method.is_open else len(method.models)]]
-    models = [checkpoints.seeded(seed, (64, 33), torch.float16).float() for seed in seeds]
-    return blake3(method.function(*models, **PARAMS[name]).numpy().tobytes()).hexdigest()
+    dtype = torch.float64 if method.pinned else torch.float32
+    models = [checkpoints.seeded(seed, (64, 33), torch.float16).to(dtype) for seed in seeds]
+    params = {p.name: usual(p) for p in method.parameters.values()} | PARAMS.get(name, {})
+    made = applied.evaluate(method, models, params, name="model.diffusion_model.out.0.weight", findings=FINDINGS.get(name))
+    return blake3((made * 1e6).round().numpy().tobytes() if method.pinned else made.numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", methods())
@@ -76,7 +106,35 @@ def test_no_method_uses_an_operation_that_rounds_differently_between_cpus():
     """
     import sdmerge_build
 
-    sources = [*Path(sdmerge_build.__file__).parent.glob("methods/*.py"), Path(sdmerge_build.__file__).parent / "merge.py"]
-    calls = [word for path in sources for word in ("lerp(", "addcmul(", "addcdiv(", "alpha=alpha", ".baddbmm(") if word in path.read_text()]
+    package = Path(sdmerge_build.__file__).parent
+    sources = [*package.glob("methods/*.py"), package / "merge.py", package / "evaluate.py"]
+    fused = re.compile(r"(torch|\))?\.(lerp|addcmul|addcdiv|baddbmm|addmm)_?\(|\.(add|sub)_?\([^()]*alpha=")
+    calls = [(path.name, found[0]) for path in sources for found in fused.finditer(path.read_text())]
 
     assert calls == []
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_exact_methods_have_the_same_bytes_on_every_cpu(capability):
+    """
+    Where torch uses none of a CPU's vectors, or fewer, methods that are called exact make what is pinned for them.
+    """
+    code = "import sys, test_methods as t; print(*(f'{n} {t.golden_digest(n)}' for n, m in t.methods().items() if not m.pinned), sep='\\n')"
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    pinned = {name: next(reversed(digests.values())) for name, digests in tomllib.loads(GOLDEN.read_text()).items()}
+    made = dict(line.split() for line in run.stdout.splitlines())
+
+    assert len(made) > 50
+    assert {name: digest for name, digest in made.items() if pinned[name] != digest} == {}
+
+
+def test_every_method_does_something_of_its_own():
+    """
+    No two methods make the same of the pinned models, but those that differ elsewhere only: by shape, or for models that are nearly parallel.
+    """
+    seen: dict[str, list[str]] = {}
+    for name, digests in tomllib.loads(GOLDEN.read_text()).items():
+        seen.setdefault(next(reversed(digests.values())), []).append(name)
+
+    assert [names for names in seen.values() if len(names) > 1] == [["model_stock_filters", "model_stock_rows"], ["slerp_vectors", "nuslerp"]]

@@ -5,24 +5,19 @@ Has never heard of recipes.
 
 from __future__ import annotations
 
-import inspect
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import click
 
 from sdmerge_build.architectures import Architecture, architecture_named, architecture_names, is_architecture
 from sdmerge_build.errors import Issue, RecipeError, nearest
-from sdmerge_build.methods import REQUIRED, Method, Parameter, methods
+from sdmerge_build.methods import Method, methods
+from sdmerge_build.methods.documentation import default_of, documentation_of, kind_of
+from sdmerge_build.methods.own import OwnError, installed_methods
 from sdmerge_build.weights.presets import ALIASES, PRESETS
 
 __all__ = ["methods_command", "signature"]
-
-_KINDS = {
-    "Ratio": "a number, or a table over blocks and tensor names",
-    "list[Ratio]": "one ratio per model",
-    "Selection": "a list of components, or globs over tensor names",
-}
 
 
 @click.command("methods")
@@ -33,21 +28,22 @@ def methods_command(name: str | None, blocks: str | None) -> None:
     if blocks is not None:
         click.echo("\n".join(_described(blocks)))
         return
-    known = methods()
+    known = {**methods(), **_installed()}
     if name is None:
-        width = max(len(signature(method)) for method in known.values())
+        width = max(map(len, known))
         for method in known.values():
-            click.echo(f"{signature(method):{width}}  {method.title}")
+            click.echo(f"{method.name:{width}}  {method.title}")
         return
     if name not in known:
         raise RecipeError(Issue(what=f"there is no method `{name}`", hint=nearest(name, known)))
-    method = known[name]
-    click.echo(f"{signature(method)}\n\n{inspect.getdoc(method.function)}\n")
-    for model in method.roles:
-        click.echo(f"  {model:8} {'a list of sources or steps' if model == 'models' and method.is_open else 'a source or step'}")
-    for parameter in method.parameters.values():
-        click.echo(f"  {parameter.name:8} {_KINDS[parameter.kind]}{_default(parameter)}")
-    click.echo(f"\nversion {method.version}, exact: the same bytes on every machine")
+    click.echo("\n".join(_explained(known[name])))
+
+
+def _installed() -> Mapping[str, Method]:
+    try:
+        return installed_methods()
+    except OwnError as error:
+        raise RecipeError(Issue(what=f"a package's methods: {error}", hint=error.hint)) from error
 
 
 def signature(method: Method) -> str:
@@ -55,10 +51,37 @@ def signature(method: Method) -> str:
     return f"{method.name}({', '.join([*method.roles, *method.parameters])})"
 
 
-def _default(parameter: Parameter) -> str:
-    if parameter.default is REQUIRED:
-        return ""
-    return f"; {', '.join(parameter.default) or 'none' if isinstance(parameter.default, tuple) else parameter.default} unless said"
+def _explained(method: Method) -> Iterator[str]:
+    """Explain one method: what it does, its fields, where it comes from, and what it costs."""
+    said = documentation_of(method)
+    yield from (signature(method), "", *_paragraph(said.title))
+    for note in said.notes:
+        yield from ("", *_paragraph(note))
+    yield ""
+    width = max(len(name) for name in (*method.roles, *method.parameters)) + 2
+    for role in method.roles:
+        yield f"  {role:{width}}{'a list of sources or steps' if role == 'models' and method.is_open else 'a source or step'}"
+    for parameter in method.parameters.values():
+        default = default_of(parameter)
+        yield f"  {parameter.name:{width}}{kind_of(parameter)}{f'; {default} unless said' if default else ''}"
+        yield from textwrap.wrap(said.parameters.get(parameter.name, ""), 100, initial_indent=" " * (width + 2), subsequent_indent=" " * (width + 2))
+    yield ""
+    yield from _paragraph(f"Origin: {said.origin}") if said.origin else ()
+    yield from _paragraph(f"Elsewhere: {said.elsewhere}") if said.elsewhere else ()
+    yield from _paragraph(_PINNED if method.pinned else _EXACT)
+    if method.survey:
+        yield from _paragraph("Its models are surveyed whole before anything is merged; what was found is kept.")
+    if method.cut == "nowhere":
+        yield from _paragraph("It needs a tensor in one piece: memory grows with the largest.")
+    yield f"Version {method.version}."
+
+
+_EXACT = "Exact: the same bytes on every machine."
+_PINNED = "Pinned: the same bytes for one version of torch on one kind of processor; both are in its key."
+
+
+def _paragraph(text: str) -> list[str]:
+    return textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def _described(name: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 __all__ = [
     "CUTS",
@@ -53,26 +53,28 @@ MODULES = (
 )
 """The built-in files of methods, in the order people read about them."""
 
-Ratio = float
+Ratio = Annotated[float, "Ratio"]
 """A share that may differ from tensor to tensor: in recipes a number, or a table over blocks and tensor names."""
 
-Unit = float
+Unit = Annotated[float, "Unit"]
 """A ratio from 0 to 1."""
 
-Positive = float
+Positive = Annotated[float, "Positive"]
 """A ratio that is not negative."""
 
-Seed = int
+Seed = Annotated[int, "Seed"]
 """A whole number from 0 to 2^63 - 1."""
 
-Selection = tuple[str, ...]
+Selection = Annotated[tuple[str, ...], "Selection"]
 """Components of the architecture, or globs over tensor names."""
 
-Findings = Mapping[str, Any]
+Findings = Annotated[Mapping[str, Any], "Findings"]
 """What a method's survey of whole models found: numbers, texts and lists of them."""
 
 RANGES: Mapping[str, tuple[float, float]] = {"Ratio": (-math.inf, math.inf), "Unit": (0.0, 1.0), "Positive": (0.0, math.inf)}
 """The kinds of ratios, and what they may be."""
+
+_KINDS = (*RANGES, *(f"list[{kind}]" for kind in RANGES), "Selection", "Seed", "int", "bool")
 
 CUTS = ("anywhere", "rows", "filters", "nowhere")
 """Where the engine may cut a tensor into the slices that a method sees.
@@ -186,11 +188,13 @@ def method(
     The function must be made of correctly rounded operations only, so that every machine computes the same bits, unless it is `pinned`.
     One that needs facts of the whole tensor is a generator: it yields measures (`methods/measures.py`), is sent their answers, and returns.
     """
-    assert cut in CUTS, f"BUG: tensors cannot be cut {cut}"
+    if cut not in CUTS:
+        message = f"tensors are cut {', '.join(CUTS)}, not {cut}"
+        raise ValueError(message)
 
     def register(function: Function) -> Function:
         signature = inspect.signature(function).parameters.values()
-        keywords = {p.name: str(p.annotation) for p in signature if p.kind is p.KEYWORD_ONLY}
+        keywords = {p.name: _named(p.annotation) for p in signature if p.kind is p.KEYWORD_ONLY}
         _collected.get()[function.__name__] = Method(
             name=function.__name__,
             version=version,
@@ -211,11 +215,26 @@ def method(
     return register
 
 
+def _named(annotation: Any) -> str:
+    """Name an annotation as it is written, whether it was evaluated or not."""
+    if isinstance(annotation, str):
+        return annotation
+    if marks := getattr(annotation, "__metadata__", None):
+        return str(marks[0])
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return f"Literal[{', '.join(map(repr, inner))}]"
+    return f"list[{_named(inner[0])}]" if get_origin(annotation) is list else getattr(annotation, "__name__", str(annotation))
+
+
 def _parameter(argument: inspect.Parameter) -> Parameter:
-    kind = str(argument.annotation)
+    kind = _named(argument.annotation)
     if kind.startswith("Literal["):
         words = ast.literal_eval(f"({kind[len('Literal[') : -1]},)")
         return Parameter(name=argument.name, kind="word", default=argument.default, words=words)
+    if kind not in _KINDS:
+        message = f"`{argument.name}` is a `{kind}`; parameters are {', '.join(_KINDS)} or Literal[…]"
+        raise TypeError(message)
     return Parameter(name=argument.name, kind=kind, default=argument.default)
 
 

@@ -1,8 +1,8 @@
 """Owns the methods that go along arcs, or turn rows, instead of straight from model to model.
 
 Has never heard of blocks. The geometry lives in `arcs`, the matrices in `procrustes`; both load torch, when a model is merged.
-Tensors are read once more, for their dot products. Results are computed in float64 and rounded once; elements are within 1e-12 of the vector's length
-of what a float64 computation with the directions themselves gives, or 1e-7 where these nearly cancel.
+Tensors are read once more, for their dot products. Results are computed in float64 and rounded once: elements are within 1e-15 of the vector's length
+of what a float64 computation with the directions themselves gives, and within 1e-8 where directions nearly cancel out.
 """
 
 from __future__ import annotations
