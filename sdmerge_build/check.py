@@ -196,7 +196,7 @@ class _StepChecker:
             return self._complain(f"cannot compute with {unreadable[0]}", name)
         params = {key: _for_tensor(value, name, self._plan) for key, value in step.params.items()}
         for parameter, value in params.items():
-            if isinstance(value, float) and abs(value) > _UNUSUAL:
+            if isinstance(value, float) and abs(value) > _UNUSUAL and step.method.parameters[parameter].kind == "Ratio":
                 self._strange[parameter] = value
         key = tuple(params.values())
         if key not in self._blends:

@@ -73,7 +73,8 @@ def _kind(parameter: Parameter) -> dict[str, Any]:
     if parameter.words:
         return {"enum": list(parameter.words)}
     if parameter.ratio:
-        return {"anyOf": [_RATIO, {"type": "array", "items": _RATIO}]} if parameter.is_list else _RATIO
+        ratio = {"$ref": "#/$defs/Ratio"}
+        return {"anyOf": [ratio, {"type": "array", "items": ratio}]} if parameter.is_list else ratio
     return _KINDS[parameter.kind]
 
 
@@ -85,10 +86,8 @@ def recipe_schema() -> dict[str, Any]:
     schema["properties"]["architecture"]["enum"] = architecture_names()
     entries = schema["properties"]["methods"]
     entries["items"] = {"anyOf": [{"type": "string"}, entries["items"]]}
-    step = schema["$defs"]["StepTable"]
-    step["additionalProperties"] = False
-    fields = step["properties"]
-    fields["method"]["anyOf"][0]["enum"] = list(methods())
+    schema["$defs"]["Ratio"] = _RATIO
+    fields = schema["$defs"]["StepTable"]["properties"]
     axis = {"type": "array", "minItems": 1, "items": {"type": ["number", "string"]}}
     fields["matrix"] = {"type": "object", "minProperties": 1, "additionalProperties": axis, "description": "One step per combination of values."}
     for method in methods().values():
@@ -99,6 +98,9 @@ def recipe_schema() -> dict[str, Any]:
             known = fields.setdefault(name, {"anyOf": []})["anyOf"]
             if kind not in known:
                 known.append(kind)
+    built_in = {"properties": {"method": {"enum": list(methods())}}, "propertyNames": {"enum": list(fields)}}
+    schema["if"] = {"required": ["methods"]}  # methods of one's own have names and fields that nobody else knows
+    schema["else"] = {"properties": {"step": {"additionalProperties": built_in}}}
     return schema
 
 

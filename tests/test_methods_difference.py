@@ -170,6 +170,7 @@ def test_clamp_takes_any_number_of_bounds():
     assert evaluate(methods()["clamp"], [a, *bounds], {}).tolist() == [8, 0, 1.5]
     assert evaluate(methods()["clamp"], [a, *bounds], {"stiffness": 0.5}).tolist() == [8, 1, 1.5]
     assert evaluate(methods()["clamp"], [a, *bounds], {"stiffness": 1}).tolist() == [8, 2, 2]
+    assert evaluate(methods()["clamp"], [a, bounds[0], *bounds[2:]], {"stiffness": 1}).tolist() == [1, 1, 1]
 
 
 @given(st.permutations(range(5)))

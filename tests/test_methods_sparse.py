@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from applied import evaluate
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sdmerge_build.methods import methods
@@ -118,6 +118,7 @@ def test_nearswap_mixes_by_distance(shape, t):
 
 
 @given(st.floats(-4, 4, width=32), st.floats(-4, 4, width=32), st.floats(0, 8, width=32))
+@example(1.0, 2.0**-30, 1.0)  # the step rounds
 def test_nearswap_never_moves_further_than_said(a, b, t):
     """An element moves towards the other model by at most t, and takes its very value when it gets there."""
     result = merged("nearswap", [torch.tensor([a]), torch.tensor([b])], t=t).item()

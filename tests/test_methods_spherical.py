@@ -240,6 +240,18 @@ def test_multislerp_knows_when_there_is_nothing_to_join(shape):
     assert same(apply("multislerp", [a * 0, a * 0], weights=1.0), a * 0)
 
 
+@pytest.mark.parametrize("name", ["multislerp", "karcher"])
+def test_what_is_left_of_opposite_directions_is_no_direction(name):
+    """
+    Where directions cancel out but for a hundred thousandth, models are averaged instead of blowing that up to their length.
+    """
+    a, b = models((12, 9))
+    opposite = 1e-5 * b - a
+    params = {"weights": 1.0} if name == "multislerp" else {}
+
+    assert close(apply(name, [a, opposite], **params), (a.double() + opposite.double()).numpy() / 2)
+
+
 def test_weights_that_sum_to_nothing_give_nothing():
     """
     Weights that should be divided by a sum of 0 leave no number, which the engine refuses.

@@ -140,7 +140,7 @@ def moved_by_rank(a, b, width, offset):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("width", "offset"), [(1.0, 0.0), (0.5, 0.0), (0.25, 0.5), (0.6, 0.7), (0.9, 0.9)])
+@pytest.mark.parametrize(("width", "offset"), [(1.0, 0.0), (0.5, 0.0), (0.25, 0.5), (0.5, 0.5), (0.6, 0.7), (0.9, 0.9)])
 def test_top_k_moves_values_to_ranks(shape, width, offset):
     """
     Values of some magnitudes go to where the other model has its value of the same rank.

@@ -36,7 +36,7 @@ def weighted_sum(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor:
 
     Origin: AUTOMATIC1111, `modules/extras.py`, "Weighted sum".
     Elsewhere: supermerger "Weight"; sd-meh and sd-mecha `weighted_sum`; Chattiori "WS"; model-mixer "Sum"; ComfyUI ModelMergeSimple, whose
-        ratio is the share of the FIRST model, and diffusers' CheckpointMergerPipeline: write 1 minus it here.
+        ratio is the share of the FIRST model: write 1 minus it here.
     """
     return a * (1 - alpha) + b * alpha
 

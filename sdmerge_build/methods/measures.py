@@ -135,6 +135,8 @@ def answer_alone(_: int, measures: Sequence[Measure]) -> tuple[Any, ...]:
 
 
 def _alone(measure: Measure) -> Any:
+    if isinstance(measure, _Kth) and measure.is_small:
+        return measure.at_once()
     is_final, state = False, None
     while not is_final:
         is_final, state = measure.joined([measure.partial(state)], state)
@@ -252,6 +254,9 @@ _DIGITS: Mapping[torch.dtype, tuple[torch.dtype, tuple[int, ...]]] = {
 """For each dtype, the whole numbers its bits are read as, and where their digits of sixteen bits begin, the leading one first."""
 
 
+_FEW = 1 << 15
+
+
 class _Kth:
     """An order statistic: the bits of numbers that are not negative are in the order of the numbers."""
 
@@ -261,6 +266,15 @@ class _Kth:
         self._whole, self._shifts = _DIGITS[x.dtype]
         self._dtype, self._rank = x.dtype, rank
         self._bits = x.contiguous().view(-1).view(self._whole)
+
+    @property
+    def is_small(self) -> bool:
+        """Tell whether looking through the numbers is quicker than counting 65536 digits."""
+        return len(self._bits) <= _FEW
+
+    def at_once(self) -> float:
+        """Find the number in a tensor that is one chunk."""
+        return self._number(int(torch.kthvalue(self._bits, self._rank).values))
 
     def partial(self, state: tuple[int, int, int] | None) -> Tensor:
         """Count the digits of this round, among the numbers that begin with the digits found so far."""
@@ -284,7 +298,10 @@ class _Kth:
         prefix = prefix << 16 | digit
         if done + 1 < len(self._shifts):
             return False, (done + 1, prefix, below)
-        return True, torch.tensor([prefix], dtype=torch.int64).to(self._whole).view(self._dtype).item()
+        return True, self._number(prefix)
 
     def added(self, one: Tensor, other: Tensor) -> Tensor:
         return one + other
+
+    def _number(self, bits: int) -> float:
+        return torch.tensor([bits], dtype=torch.int64).to(self._whole).view(self._dtype).item()

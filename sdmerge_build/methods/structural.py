@@ -61,7 +61,7 @@ def _canonical(width: float, offset: float) -> tuple[float, float]:
     """Make a region begin in 0…1 and go to the right."""
     if width < 0:
         width, offset = -width, offset + width
-    return min(width, 1.0), offset % 1.0 % 1.0  # once more, as the remainder of -1e-20 rounds to 1
+    return min(width, 1.0), offset % 1.0
 
 
 def _region(width: float, offset: float, n: int, whole: Callable[[float], int]) -> tuple[int, int, bool]:
@@ -144,7 +144,7 @@ def crossover(a: Tensor, b: Tensor, /, *, alpha: Unit = 0.5, tilt: Ratio = 0.0) 
     """
     if alpha in {0, 1}:
         return b if alpha else a
-    turn = tilt % 4 % 4
+    turn = tilt % 4
     if not a.dim() or turn in {1, 3}:
         return a * (1 - alpha) + b * alpha
     from sdmerge_build.methods.spectra import crossed  # noqa: PLC0415  loads torch
