@@ -165,7 +165,7 @@ def test_methods_lists_and_describes(space: Space):
     listed = space.sdbuild("methods").stdout
     described = space.sdbuild("methods", "weighted_sum").stdout
 
-    assert [line.split()[0] for line in listed.splitlines()] == list(methods())
+    assert [line.split()[0] for line in listed.splitlines() if line.startswith("  ")] == list(methods())
     assert "  alpha  a number, or a table over blocks and tensor names; 0.5 unless said\n         how much of `b`." in described
     assert "Elsewhere: supermerger" in described
     assert space.sdbuild("methods", "wieghted_sum").stderr == "error: there is no method `wieghted_sum`\n\nhint: did you mean `weighted_sum`?\n"

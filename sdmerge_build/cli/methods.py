@@ -13,7 +13,7 @@ import click
 from sdmerge_build.architectures import Architecture, architecture_named, architecture_names, is_architecture
 from sdmerge_build.errors import Issue, RecipeError, nearest
 from sdmerge_build.methods import Method, methods
-from sdmerge_build.methods.documentation import default_of, documentation_of, kind_of
+from sdmerge_build.methods.documentation import default_of, documentation_of, families, kind_of
 from sdmerge_build.methods.own import OwnError, installed_methods
 from sdmerge_build.weights.presets import ALIASES, PRESETS
 
@@ -31,8 +31,9 @@ def methods_command(name: str | None, blocks: str | None) -> None:
     known = {**methods(), **_installed()}
     if name is None:
         width = max(map(len, known))
-        for method in known.values():
-            click.echo(f"{method.name:{width}}  {method.title}")
+        groups = families() | ({"installed packages": list(_installed().values())} if _installed() else {})
+        lines = [[f"{family}:", *(f"  {method.name:{width}}  {method.title}" for method in members)] for family, members in groups.items()]
+        click.echo("\n\n".join(map("\n".join, lines)))
         return
     if name not in known:
         raise RecipeError(Issue(what=f"there is no method `{name}`", hint=nearest(name, known)))

@@ -13,7 +13,20 @@ from dataclasses import dataclass, field
 
 from sdmerge_build.methods import MODULES, REQUIRED, Method, Parameter, methods
 
-__all__ = ["Documentation", "default_of", "documentation_of", "families", "kind_of", "table"]
+__all__ = ["FAMILIES", "Documentation", "default_of", "documentation_of", "families", "kind_of", "table"]
+
+FAMILIES = {
+    "sums of models": ("linear",),
+    "by likeness": ("similarity",),
+    "filtered differences": ("difference",),
+    "several fine-tunes of one base": ("task_vectors", "sparse", "centers", "low_rank"),
+    "rows, ranks and frequencies": ("structural",),
+    "directions": ("spherical",),
+    "order of channels": ("rebasin",),
+    "finishing": ("finishing",),
+    "one model": ("copying",),
+}
+"""What the files of methods are about, for people who look for one."""
 
 _ENTRY = re.compile(r"(\w+): (.*)")
 _RANGES = {"Ratio": "a number", "Unit": "a number from 0 to 1", "Positive": "a number, not negative"}
@@ -77,11 +90,13 @@ def default_of(parameter: Parameter) -> str:
 
 
 def families() -> dict[str, list[Method]]:
-    """Return the built-in methods by the file that they stand in, in the order they are listed."""
+    """Return the built-in methods by what they are about, in the order they are listed."""
+    assert {module for modules in FAMILIES.values() for module in modules} == set(MODULES), "BUG: a file of methods is about nothing"
+    of = {module: family for family, modules in FAMILIES.items() for module in modules}
     found: dict[str, list[Method]] = {}
     for method in methods().values():
-        found.setdefault(method.function.__module__.rpartition(".")[2], []).append(method)
-    return {module: found[module] for module in MODULES if module in found}
+        found.setdefault(of[method.function.__module__.rpartition(".")[2]], []).append(method)
+    return found
 
 
 def table() -> str:
@@ -90,13 +105,15 @@ def table() -> str:
 
 
 def _rows() -> Iterator[str]:
-    for method in methods().values():
-        fields = [f"`{role}`" for role in method.roles]
-        for parameter in method.parameters.values():
-            default = default_of(parameter)
-            shown = default if default in {"none", ""} or not isinstance(parameter.default, (tuple, str)) else f"`{default}`"
-            fields.append(f"`{parameter.name}`" + (f" ({shown})" if shown else ""))
-        yield f"| `{method.name}` | {', '.join(fields)} | {method.title.replace('|', chr(92) + '|')} |"
+    for family, members in families().items():
+        yield f"| **{family}** | | |"
+        for method in members:
+            fields = [f"`{role}`" for role in method.roles]
+            for parameter in method.parameters.values():
+                default = default_of(parameter)
+                shown = default if default in {"none", ""} or not isinstance(parameter.default, (tuple, str)) else f"`{default}`"
+                fields.append(f"`{parameter.name}`" + (f" ({shown})" if shown else ""))
+            yield f"| `{method.name}` | {', '.join(fields)} | {method.title.replace('|', chr(92) + '|')} |"
 
 
 if __name__ == "__main__":

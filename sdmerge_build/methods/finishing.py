@@ -69,7 +69,7 @@ def adjust(
     blue: f7, "COL3"; from yellow to blue.
 
     Origin: supermerger "Adjust", whose eight numbers are pasted in this order: f0,f1,f2,f3,f4,f5,f6,f7.
-    Elsewhere: Chattiori `--fine`; model-mixer has seven numbers: the last four are added to the four latent channels as they are.
+    Elsewhere: Chattiori `--fine`; model-mixer's first versions had seven numbers, the last four for the four latent channels, 0.02 for each 1.
         SD 1.x and 2.x have one table of colours, SDXL another, by architecture; supermerger tells them by a tensor's name.
     """
     colours = _COLOURS.get(place.architecture)

@@ -60,17 +60,17 @@ class Measure(Protocol):
 
 def dot(x: Tensor, y: Tensor) -> Measure:
     """Ask for the sum of `x * y` over the tensor, as a float."""
-    return _Sum(x.to(torch.float64).mul(y))
+    return _Sum(x, y)
 
 
 def total(x: Tensor) -> Measure:
     """Ask for the sum of `x` over the tensor, as a float."""
-    return _Sum(x.to(torch.float64))
+    return _Sum(x, None)
 
 
 def columns(x: Tensor, y: Tensor) -> Measure:
     """Ask for the sums of `x * y` over the first dimension, as a float64 tensor (rest,); for methods that cut between filters."""
-    return _Columns(x.to(torch.float64).mul(y))
+    return _Columns(x, y)
 
 
 def count(mask: Tensor) -> Measure:
@@ -95,7 +95,7 @@ def kth(x: Tensor, rank: int) -> Measure:
 
 def row_sums(x: Tensor) -> Tensor:
     """Sum the rows of a (rows, length) tensor in an order that is the same everywhere; float64 (rows,)."""
-    return _folded(x.to(torch.float64).t())
+    return _folded(x.to(torch.float64).t()).clone()
 
 
 def chunk_size(cut: str, grain: int) -> int:
@@ -156,16 +156,22 @@ def _folded(x: Tensor) -> Tensor:
     return x[0]
 
 
+def _product(x: Tensor, y: Tensor | None) -> Tensor:
+    """Multiply in float64, where products of float32 numbers are exact; two float64 tensors are five times quicker than one of each."""
+    wide = x.to(torch.float64)
+    return wide if y is None else wide * (wide if y is x else y.to(torch.float64))
+
+
 class _Sum:
     """The sum of float64 terms."""
 
     is_ordered = True
 
-    def __init__(self, terms: Tensor) -> None:
-        self._terms = terms.reshape(-1)
+    def __init__(self, x: Tensor, y: Tensor | None) -> None:
+        self._x, self._y = x, y
 
     def partial(self, _: Any) -> float:
-        terms = self._terms
+        terms = _product(self._x, self._y).reshape(-1)
         lanes = terms[: len(terms) // _LANES * _LANES].view(-1, _LANES)
         if len(lanes):
             rest = terms[lanes.numel() :]
@@ -196,11 +202,11 @@ class _Columns:
 
     is_ordered = True
 
-    def __init__(self, terms: Tensor) -> None:
-        self._terms = terms
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self._x, self._y = x, y
 
     def partial(self, _: Any) -> Tensor:
-        return _folded(self._terms).clone()
+        return _folded(_product(self._x, self._y)).clone()
 
     def joined(self, partials: Sequence[Tensor], _: Any) -> tuple[bool, Tensor]:
         return True, _folded(torch.stack(list(partials)))

@@ -30,9 +30,9 @@ def rebasin(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5, findings: Findings, 
     alpha: how much of `b`; permuted, it computes the same as before.
 
     Origin: S. Ainsworth, J. Hayase, S. Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", 2022: weight matching.
-    Elsewhere: sd-mecha `rebasin` only permutes: here at alpha 1; sd-meh, SD.Next and model-mixer `re_basin` visit groups in a random order
-        without a seed, and mix in several steps. sdbuild permutes attention heads as wholes and channels inside them, GEGLU's halves together,
-        and between convolutions only inside GroupNorm's groups and these as wholes, so that no permutation changes what `b` computes.
+    Elsewhere: sd-mecha `rebasin`, for SDXL, has a fixed order too; sd-meh, SD.Next and model-mixer visit groups in a random order without a
+        seed, and mix in several steps. sdbuild permutes attention heads as wholes and channels inside them, GEGLU's halves together, and
+        between convolutions only inside GroupNorm's groups and these as wholes, so that no permutation changes what `b` computes.
         Models that are fine-tunes of one model stay as they are, and this is `weighted_sum`. EMA weights are not permuted.
     """
     if alpha == 0:
