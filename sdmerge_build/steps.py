@@ -5,6 +5,7 @@ Has never heard of graphs, or of any recipe but the one it reads.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,9 @@ class StepReader:
         if method is None:
             what = f"step `{name}` asks for method `{step.method}`, which does not exist"
             return self._complain(name, "method", what=what, hint=nearest(step.method or "", known))
+        if method.needs and importlib.util.find_spec(method.needs) is None:
+            what = f"`{method.name}`, the method of step `{name}`, needs a package that is not installed: {method.needs}"
+            self._complain(name, "method", what=what, hint=f'pip install "sdbuild[{method.name}]"')
         given = dict(step.model_extra or {})
         inputs: list[str] = []
         for role in method.roles:

@@ -61,7 +61,10 @@ def test_every_recipe_fragment_in_readme_is_read(space: Space, block):
         names = {"A", "B", "C", "viewer-mix", "MeinaPastel"}
         sources = "".join(f'[source.{name}]\npath = "{name}.safetensors"\n' for name in sorted(names))
         block = f'[step.shown]\nmethod = "weighted_sum"\na = "A"\nb = "B"\n{block}' if block.startswith("alpha") else block
-        block = f'recipe = 1\narchitecture = "sd1"\n{sources}{block}'
+        top = block if block.startswith("methods") else ""
+        block = '[step.shown]\nmethod = "soft_mix"\na = "A"\nb = "B"\nalpha = { base = 0.5, blocks = { M00 = 1 } }\n' if top else block
+        block = f'recipe = 1\narchitecture = "sd1"\n{top}{sources}{block}'
+        space.write("my_methods.py", re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0])
 
     assert plan_recipe(read_recipe(space.write("shown.toml", block))).wanted
 

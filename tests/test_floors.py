@@ -40,6 +40,8 @@ HOMES = {
     "pydantic": {"recipe"},
     "tomli_w": {"manifest", "lock"},
     "httpx": {"sources"},
+    "scipy": {"methods"},
+    "mpmath": {"methods"},
 }
 
 

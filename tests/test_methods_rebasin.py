@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import re
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import checkpoints
 import numpy as np
 import pytest
 import torch
 from applied import evaluate
+from blake3 import blake3
 from conftest import Space, digests, states
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional
 
 from sdmerge_build.architectures import architecture_named
 from sdmerge_build.architectures.permutations import Group, axes_of, groups_of
-from sdmerge_build.errors import SdbuildError
+from sdmerge_build.errors import RecipeError, SdbuildError
 from sdmerge_build.methods import matching, methods
 from sdmerge_build.methods.matching import match, permuted
 
@@ -364,6 +368,29 @@ def test_values_that_are_not_numbers_are_refused(model):
 
     with pytest.raises(SdbuildError, match=r"time_embed hidden.*not numbers"):
         match(Pair(model, broken))
+
+
+def test_a_recipe_is_refused_before_anything_is_read_where_scipy_is_missing(space: Space, monkeypatch):
+    """
+    What is not installed is said when the recipe is read, with its line and the command to type.
+    """
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else object())
+    space.write("recipe.toml", 'recipe = 1\narchitecture = "sd1"\n[source.A]\npath = "A"\n[step.mix]\nmethod = "rebasin"\na = "A"\nb = "A"\n')
+    with pytest.raises(RecipeError, match=r"recipe\.toml:6: `rebasin`, the method of step `mix`, needs a package"):
+        space.build()
+
+
+def test_the_groups_of_permutations_change_only_with_the_version():
+    """
+    What `permutations.toml` says is in no key: who changes it raises the versions of `rebasin` and of its survey, and pins it anew.
+    """
+    import sdmerge_build
+
+    content = (Path(sdmerge_build.__file__).parent / "architectures" / "permutations.toml").read_text(encoding="utf-8")
+    rebasin = methods()["rebasin"]
+
+    assert (rebasin.version, rebasin.survey.version) == (1, 1)
+    assert blake3(repr(tomllib.loads(content)).encode()).hexdigest() == "b32d0371f6658ea9a67e7eeda70354e73aa8126b02e15b44a8693b680205ab4e"
 
 
 def test_without_scipy_the_command_to_type_is_said(model, monkeypatch):

@@ -159,6 +159,7 @@ class Method:
     pinned: bool = False
     """Whether its bytes are promised for one version of torch on one kind of machine only; otherwise it is `exact`."""
     survey: Survey | None = None
+    needs: str = ""  # a package that is not installed with sdbuild, but with its extra of the method's name
     place: str = ""  # the argument that wants to know where the slice lies
     findings: str = ""  # the argument that takes what the survey found
     origin: str = ""
@@ -180,7 +181,13 @@ _collected: contextvars.ContextVar[dict[str, Method]] = contextvars.ContextVar("
 
 
 def method(
-    *, version: int, selects: Callable[..., bool] | None = None, cut: str = "anywhere", pinned: bool = False, survey: Survey | None = None
+    *,
+    version: int,
+    selects: Callable[..., bool] | None = None,
+    cut: str = "anywhere",
+    pinned: bool = False,
+    survey: Survey | None = None,
+    needs: str = "",
 ) -> Callable[[Function], Function]:
     """Register a function as a merge method.
 
@@ -207,6 +214,7 @@ def method(
             cut=cut,
             pinned=pinned,
             survey=survey,
+            needs=needs,
             place=next((name for name, kind in keywords.items() if kind == "Place"), ""),
             findings=next((name for name, kind in keywords.items() if kind == "Findings"), ""),
         )

@@ -8,15 +8,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from sdmerge_build.methods import Positive, method
 from sdmerge_build.methods.differences import Measured
 from sdmerge_build.methods.elementary import sqrt
 from sdmerge_build.methods.measures import dot, row_sums
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from sdmerge_build.methods.late import torch
 
 __all__ = ["geometric_median", "model_stock", "model_stock_filters", "model_stock_rows"]
 

@@ -11,13 +11,17 @@ share a stretch of it has a probability below 10^-3, and there they would differ
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdmerge_build.digest import Digest
 from sdmerge_build.methods import Place
 from sdmerge_build.methods.elementary import cos_pi, log, sqrt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from sdmerge_build.methods.late import torch
 
 __all__ = ["bernoulli", "normal", "uniform"]
 
@@ -51,7 +55,7 @@ def bernoulli(p: float | Tensor, seed: int, place: Place, stream: int = 0) -> Te
     first, last = place.start // 2, (place.start + place.count + 1) // 2
     words = _words(_key(seed, place.name, f"bernoulli {stream}"), first, last - first)
     halves = words.view(torch.int32)[place.start % 2 :][: place.count]
-    if isinstance(p, Tensor):
+    if isinstance(p, torch.Tensor):
         return (halves.to(torch.float64) + 2**31) * 2.0**-32 < p
     least = math.ceil(p * 2**32) - 2**31
     return halves < least if least < 2**31 else torch.ones_like(halves, dtype=torch.bool)

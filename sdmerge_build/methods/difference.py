@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from sdmerge_build.methods import Positive, Ratio, Unit, method
 from sdmerge_build.methods.elementary import power, sqrt
 from sdmerge_build.methods.measures import row_sums
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+else:
+    from sdmerge_build.methods.late import torch
 
 __all__ = ["add_opposite", "add_strict_opposite", "clamp", "extract", "smooth_add", "train_difference"]
 

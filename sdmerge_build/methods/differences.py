@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdmerge_build.methods.measures import kth
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from sdmerge_build.methods.late import torch
+
 __all__ = ["Difference", "Measured", "combined", "differences", "elected", "kept_count", "signs_of", "trimmed", "without_larger", "without_smaller"]
 
-Measured = Generator[Any, Any, Tensor]
+Measured = Generator[Any, Any, "Tensor"]
 """What a method is that asks for measures."""
-
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Difference(NamedTuple):
@@ -65,7 +66,7 @@ def without_larger(values: Tensor, most: float) -> Tensor:
 
 def _below(value: float, dtype: torch.dtype) -> float:
     """Return the largest number of a dtype below a positive one."""
-    bits = torch.tensor([value], dtype=dtype).view(_INTEGER[dtype.itemsize])
+    bits = torch.tensor([value], dtype=dtype).view(_whole_numbers(dtype.itemsize))
     return float((bits - 1).view(dtype).item())
 
 
@@ -104,3 +105,8 @@ def elected(terms: Sequence[Tensor], weights: Sequence[float], signs: Tensor) ->
         total.add_(term.mul_(agrees))
         share.add_(agrees.mul_(weight))
     return total, share.clamp_(min=min(weights))
+
+
+def _whole_numbers(width: int) -> torch.dtype:
+    """Return the whole numbers of as many bytes."""
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[width]

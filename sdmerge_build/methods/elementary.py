@@ -14,9 +14,13 @@ import math
 import struct
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from sdmerge_build.methods.late import torch
 
 __all__ = ["cos_pi", "exp", "log", "power", "sin_pi", "sqrt"]
 

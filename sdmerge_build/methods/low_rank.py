@@ -5,11 +5,16 @@ Has never heard of slices: a decomposition needs the tensor in one piece. LAPACK
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdmerge_build.methods import Positive, Ratio, method
 from sdmerge_build.methods.differences import kept_count
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from sdmerge_build.methods.late import torch
 
 __all__ = ["truncate_rank"]
 

@@ -9,12 +9,16 @@ order that depends on the CPU. Order statistics are exact and never sort: they c
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from sdmerge_build.methods.late import torch
 
 __all__ = [
     "CHUNK",
@@ -251,13 +255,15 @@ class _Extreme:
         return self._extreme(torch.stack([one, other]), 0)  # type: ignore[no-any-return]
 
 
-_DIGITS: Mapping[torch.dtype, tuple[torch.dtype, tuple[int, ...]]] = {
-    torch.float16: (torch.int16, (0,)),
-    torch.bfloat16: (torch.int16, (0,)),
-    torch.float32: (torch.int32, (16, 0)),
-    torch.float64: (torch.int64, (48, 32, 16, 0)),
-}
-"""For each dtype, the whole numbers its bits are read as, and where their digits of sixteen bits begin, the leading one first."""
+@functools.cache
+def _digits(dtype: torch.dtype) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Return the whole numbers that a dtype's bits are read as, and where their digits of sixteen bits begin, the leading one first."""
+    return {
+        torch.float16: (torch.int16, (0,)),
+        torch.bfloat16: (torch.int16, (0,)),
+        torch.float32: (torch.int32, (16, 0)),
+        torch.float64: (torch.int64, (48, 32, 16, 0)),
+    }[dtype]
 
 
 _FEW = 1 << 15
@@ -269,7 +275,7 @@ class _Kth:
     is_ordered = False
 
     def __init__(self, x: Tensor, rank: int) -> None:
-        self._whole, self._shifts = _DIGITS[x.dtype]
+        self._whole, self._shifts = _digits(x.dtype)
         self._dtype, self._rank = x.dtype, rank
         self._bits = x.contiguous().view(-1).view(self._whole)
 

@@ -23,7 +23,7 @@ def _match(models: Any) -> Findings:
     return match(models)
 
 
-@method(version=1, cut="nowhere", pinned=True, survey=Survey(name="rebasin", version=1, function=_match))
+@method(version=1, cut="nowhere", pinned=True, survey=Survey(name="rebasin", version=1, function=_match), needs="scipy")
 def rebasin(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5, findings: Findings, place: Place) -> Tensor:
     """Permute the channels of `b` so that they match those of `a`, and mix the two: `(1 - alpha) * a + alpha * permuted b`.
 

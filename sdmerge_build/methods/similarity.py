@@ -10,15 +10,16 @@ import math
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sdmerge_build.methods import Findings, Place, Ratio, Survey, Unit, method, scalars
 from sdmerge_build.methods.elementary import cos_pi, exp, log, power, sqrt
 from sdmerge_build.methods.linear import weighted_sum
 from sdmerge_build.methods.measures import columns, dot, row_sums
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+else:
+    from sdmerge_build.methods.late import torch
 
 __all__ = [
     "add_cosine_a",

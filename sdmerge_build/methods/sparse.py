@@ -6,14 +6,18 @@ Has never heard of files. What is decided by rank or by proportion asks the whol
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdmerge_build.methods import Place, Positive, Ratio, Unit, method
 from sdmerge_build.methods.differences import Measured, elected, kept_count, signs_of, without_smaller
 from sdmerge_build.methods.elementary import exp, log
 from sdmerge_build.methods.measures import count, dot, kth, row_sums
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from sdmerge_build.methods.late import torch
 
 __all__ = ["arcee_fusion", "nearswap", "ram", "sce"]
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from sdmerge_build.methods import Place, Positive, Ratio, Seed, Unit, method
 from sdmerge_build.methods.chance import bernoulli
 from sdmerge_build.methods.differences import Difference, Measured, combined, differences, kept_count, trimmed, without_larger, without_smaller
 from sdmerge_build.methods.measures import kth, total
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from sdmerge_build.methods.late import torch
 
 __all__ = ["breadcrumbs", "dare", "della", "task_arithmetic", "ties"]
 
@@ -225,10 +228,10 @@ def _dropped(difference: Difference, probability: float | Tensor, seed: int, pla
     values = difference.values
     if isinstance(probability, float) and probability >= 1:
         return values
-    flat = probability.reshape(-1) if isinstance(probability, Tensor) else probability
+    flat = probability.reshape(-1) if isinstance(probability, torch.Tensor) else probability
     kept = values * bernoulli(flat, seed, place, difference.number).to(values.dtype).view_as(values)
     if rescale == "density":
-        kept.div_(probability.to(kept.dtype).clamp_(min=torch.finfo(kept.dtype).tiny) if isinstance(probability, Tensor) else probability)
+        kept.div_(probability.to(kept.dtype).clamp_(min=torch.finfo(kept.dtype).tiny) if isinstance(probability, torch.Tensor) else probability)
     return kept
 
 
