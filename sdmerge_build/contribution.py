@@ -41,7 +41,7 @@ def _contributing(plan: Plan, step: Step) -> Iterator[str]:
     only it holds may be kept: by a policy, or because the architecture calls it optional.
     """
     points = _points(plan, step)
-    is_kept = "keep" in {step.missing, step.extra, step.mismatch} or (step.extra != "drop" and plan.architecture.optional)
+    is_kept = {"keep", "overlap"} & {step.missing, step.extra, step.mismatch} or (step.extra != "drop" and plan.architecture.optional)
     if points is None or is_kept:
         yield from step.inputs
         return

@@ -12,8 +12,10 @@ from conftest import Space
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdmerge_build.contribution import contributors
 from sdmerge_build.errors import RecipeError, SdbuildError
 from sdmerge_build.evaluate import rounded
+from sdmerge_build.plan import plan_file
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TIME = "model.diffusion_model.input_blocks.11.0.in_layers.2.weight"
@@ -231,3 +233,15 @@ def test_without_a_policy_the_channels_are_an_error_that_names_it(space: Space):
 
     assert "nine input channels belong to an inpainting model" in str(caught.value)
     assert '`mismatch = "overlap"`' in str(caught.value)
+
+
+@pytest.mark.parametrize(("mismatch", "expected"), [("overlap", {"A", "inpainting"}), ("zeros", {"A"})])
+def test_who_gives_the_channels_contributes(space: Space, mismatch, expected):
+    """
+    At ratio 0 the widest model still gives the channels that nobody else has, so its terms bind; zeros have no author.
+    """
+    with_channels(space, 9)
+    step = WEIGHTED.format(a="A", b="inpainting").replace("0.25", "0.0") + '\nextra = "drop"'
+    plan = plan_file(space.write("recipe.toml", CHANNELS.format(step=step, mismatch=mismatch)))
+
+    assert contributors(plan, plan.steps["mix"]) == expected

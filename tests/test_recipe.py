@@ -127,7 +127,7 @@ def test_an_unknown_default_is_an_error_of_the_defaults(space: Space):
         (HEAD + STEP + "title = 1\n", 7, "`title` of step `mix` is 1: "),
         (HEAD + STEP + "dtype = 'f16'\n", 7, "`dtype` is 'f16'; it must be `fp16`, `bf16`, `fp32`, `fp64`, `fp8_e4m3`, `fp8_e5m2` or `keep`"),
         (HEAD + STEP + "compute = 'fp16'\n", 7, "`compute` is 'fp16'; it must be `fp32`, `fp64` or `native`"),
-        (HEAD + STEP + "missing = 'drop'\n", 7, "`missing` is 'drop'; it must be `error`, `keep`, `overlap` or `zeros`"),
+        (HEAD + STEP + "missing = 'drop'\n", 7, "`missing` is 'drop'; it must be `error` or `keep`"),
         (HEAD + STEP + "extra = 'ignore'\n", 7, "`extra` is 'ignore'; it must be `error`, `keep` or `drop`"),
         (HEAD + STEP + "nonfinite = 'zero'\n", 7, "`nonfinite` is 'zero'; it must be `error`, `allow` or `saturate`"),
         (HEAD + "[defaults]\nmismatch = 'pad'\n" + STEP, 6, "`mismatch` is 'pad'; it must be `error`, `keep`, `overlap` or `zeros`"),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from sdmerge_build.methods import Positive, method
-from sdmerge_build.methods.differences import Measured
+from sdmerge_build.methods.consensus import Measured
 from sdmerge_build.methods.elementary import sqrt
 from sdmerge_build.methods.measures import dot, row_sums
 

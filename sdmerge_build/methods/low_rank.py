@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sdmerge_build.methods import Positive, Ratio, method
-from sdmerge_build.methods.differences import kept_count
+from sdmerge_build.methods.consensus import kept_count
 
 if TYPE_CHECKING:
     import torch

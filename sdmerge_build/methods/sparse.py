@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sdmerge_build.methods import Place, Positive, Ratio, Unit, method
-from sdmerge_build.methods.differences import Measured, elected, kept_count, signs_of, without_smaller
+from sdmerge_build.methods.consensus import Measured, elected, kept_count, signs_of, without_smaller
 from sdmerge_build.methods.elementary import exp, log
 from sdmerge_build.methods.measures import count, dot, kth, row_sums
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sdmerge_build.methods import Place, Positive, Ratio, Seed, Unit, method
 from sdmerge_build.methods.chance import bernoulli
-from sdmerge_build.methods.differences import Difference, Measured, combined, differences, kept_count, trimmed, without_larger, without_smaller
+from sdmerge_build.methods.consensus import Difference, Measured, combined, differences, kept_count, trimmed, without_larger, without_smaller
 from sdmerge_build.methods.measures import kth, total
 
 if TYPE_CHECKING:

@@ -25,6 +25,12 @@ class Case:
     theirs: Any
     reason: str = ""
     ulps: int | None = 1
+    share: float = 0.01  # of elements that differ, at most
+    double: bool = False  # whether to let the peer compute in float64 as well
+
+    def doubled(self) -> Any:
+        """Tell the peer to compute in float64."""
+        return self.theirs | {"dtype": "float64"} if isinstance(self.theirs, dict) else [self.theirs[0], "float64"]
 
 
 def pair(a: str = "A", b: str = "B", c: str = "", /, **params: Any) -> str:
@@ -41,23 +47,26 @@ def _toml(table: dict[str, Any]) -> str:
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
 
 
-def mecha(name: str, ours: str, theirs: str, reason: str = "", *, ulps: int | None = 1) -> Case:
+def mecha(name: str, ours: str, theirs: str, reason: str = "", **limits: Any) -> Case:
     """Compare with sd-mecha, over files."""
-    return Case(name, f'method = "{name.split("-", maxsplit=1)[0]}"\n{ours}', "sd-mecha", theirs, reason, ulps)
+    return Case(name, _method(name) + ours, "sd-mecha", [theirs, "float32"], reason, **limits)
 
 
-def kit(name: str, ours: str, method: str, models: str, /, base: str = "", reason: str = "", *, ulps: int | None = 1, **params: Any) -> Case:
+def kit(name: str, ours: str, method: str, models: str, /, base: str = "", *, limits: tuple[Any, ...] = (), **params: Any) -> Case:
     """Compare with mergekit, over files, computing in float32; lists of parameters are one for each model."""
     single = {k: v for k, v in params.items() if not isinstance(v, list)}
     several = {k: v for k, v in params.items() if isinstance(v, list)}
     entries = [{"model": f"{model}.safetensors", "parameters": {k: v[n] for k, v in several.items()}} for n, model in enumerate(models)]
     theirs = {"merge_method": method, "dtype": "float32", "models": entries, "parameters": single}
-    return Case(
-        name, f'method = "{name.split("-", maxsplit=1)[0]}"\n{ours}', "mergekit", theirs | ({"base_model": f"{base}.safetensors"} if base else {}), reason, ulps
-    )
+    theirs |= {"base_model": f"{base}.safetensors"} if base else {}
+    return Case(name, _method(name) + ours, "mergekit", theirs, *limits)
 
 
-THIRDS = [0.5, 0.3, 0.2]
+def _method(name: str) -> str:
+    return f'method = "{name.partition("-")[0]}"\n'
+
+
+THIRDS, ALL = [0.5, 0.3, 0.2], [1.0, 1.0, 1.0]
 SD_MECHA = (
     mecha("weighted_sum", pair(alpha=0.3), "sd_mecha.weighted_sum(A, B, alpha=0.3)"),
     mecha("add_difference", pair("A", "B", "O", alpha=0.7), "sd_mecha.add_difference(A, B, O, alpha=0.7)"),
@@ -98,16 +107,16 @@ SD_MECHA = (
     mecha("ties-count-trimmed", many("P", "QRS", density=0.3, vote="count"), "P + sd_mecha.ties_sum(Q - P, R - P, S - P, k=0.3)"),
     mecha("ties-magnitude-trimmed", many("P", "QRS", density=0.3), "P + sd_mecha.ties_sum(Q - P, R - P, S - P, k=0.3, vote_sgn=True)"),
     mecha("model_stock_rows-consecutive", many("O", "ABC", pairs="consecutive"), "sd_mecha.n_model_stock(O, A, B, C)"),
-    mecha("geometric_median", many("", "ABC"), "sd_mecha.geometric_median(A, B, C)"),
-    mecha("geometric_median-unlike", many("", "ABX"), "sd_mecha.geometric_median(A, B, X)"),
-    mecha("truncate_rank", 'base = "O"\na = "A"\nrank = 3\n', "O + sd_mecha.truncate_rank(A - O, rank=3, use_approximate_basis=False)"),
-    mecha("rotate", pair("A", "B"), "method('rotate')(A, B)"),
-    mecha("rotate-mixed", pair("A", "X", alpha=0.3), "method('rotate')(A, X, alpha=0.3)"),
-    mecha("rotate-half", pair("A", "X", alignment=0.5), "method('rotate')(Y, Z, alignment=0.5)"),
+    mecha("geometric_median", many("", "ABC"), "sd_mecha.geometric_median(A, B, C)", double=True),
+    mecha("geometric_median-unlike", many("", "ABX"), "sd_mecha.geometric_median(A, B, X)", double=True),
+    mecha("truncate_rank", 'base = "O"\na = "A"\nrank = 3\n', "O + sd_mecha.truncate_rank(A - O, rank=3, use_approximate_basis=False)", double=True),
+    mecha("rotate", pair("A", "X"), "method('rotate')(Y, Z)", double=True),
+    mecha("rotate-mixed", pair("A", "X", alpha=0.3), "method('rotate')(Y, Z, alpha=0.3)", double=True),
+    mecha("rotate-half", pair("A", "X", alignment=0.5), "method('rotate')(Y, Z, alignment=0.5)", double=True),
 )
 MERGEKIT = (
     kit("weighted_sum-linear", pair(alpha=0.3), "linear", "AB", weight=[0.7, 0.3]),
-    kit("linear", many("", "ABC", weights=[0.6, 0.5, 0.4]), "linear", "ABC", weight=[0.6, 0.5, 0.4], normalize=False),
+    kit("linear", many("", "ABC", weights=[0.6, 0.5, 0.2]), "linear", "ABC", weight=[0.6, 0.5, 0.2], normalize=False),
     kit("average-linear", many("", "ABC"), "linear", "ABC", weight=[1.0, 1.0, 1.0]),
     kit("scale-passthrough", 'a = "A"\nalpha = 0.7\n', "passthrough", "A", scale=[0.7]),
     kit("slerp_vectors", pair(alpha=0.3), "slerp", "AB", "A", t=0.3),
@@ -121,8 +130,8 @@ MERGEKIT = (
     kit("multislerp_differences", many("O", "AB", weights=[0.7, 0.3]), "multislerp", "AB", "O", weight=[0.7, 0.3]),
     kit("karcher", many("", "ABC"), "karcher", "ABC"),
     kit("karcher-unlike", many("", "ABX"), "karcher", "ABX"),
-    kit("task_arithmetic", many("O", "ABC", weights=THIRDS), "task_arithmetic", "ABC", "O", weight=THIRDS),
-    kit("ties-mergekit", many("O", "ABC", density=1.0, weights=THIRDS), "ties", "ABC", "O", weight=THIRDS),
+    kit("task_arithmetic", many("O", "ABC", weights=THIRDS), "task_arithmetic", "ABC", "O", weight=THIRDS, density=ALL),
+    kit("ties-mergekit", many("O", "ABC", density=1.0, weights=THIRDS), "ties", "ABC", "O", weight=THIRDS, density=ALL),
     kit(
         "ties-mergekit-trimmed",
         many("P", "QRS", density=0.5, weights=THIRDS, scale=0.8),
@@ -163,7 +172,8 @@ MERGEKIT = (
         density=[0.5] * 3,
         gamma=[0.05] * 3,
     ),
-    kit("sce", many("O", "ABC"), "sce", "ABC", "O"),
+    kit("sce", many("P", "QRS"), "sce", "QRS", "P"),
+    kit("sce-half", many("O", "ABC"), "sce", "ABC", "O"),
     kit("sce-selected", many("P", "QRS", density=0.5), "sce", "QRS", "P", select_topk=0.5),
     kit("nearswap", pair(t=0.002), "nearswap", "B", "A", t=0.002),
     kit("arcee_fusion", _toml({"base": "O", "a": "A"}), "arcee_fusion", "A", "O"),
