@@ -12,6 +12,7 @@ import inspect
 import math
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ LARGEST = {name: torch.finfo(dtype).max for name, dtype in TORCH.items()}
 _BEYOND_E4M3 = 464.0  # half a step above the largest number; the tie goes to it, which is even
 _NARROW = {torch.float16, torch.bfloat16, *EIGHT_BITS}
 _POLL_SECONDS = 0.1
+_AHEAD = 16  # tensors that are looked through for the next in one piece
 
 
 class Stopped(Exception):  # noqa: N818  nothing is wrong with the one who stops
@@ -148,14 +150,6 @@ class _Site(NamedTuple):
     files: Sequence[BinaryIO]
 
 
-class _Whole:
-    """The result of a method that needs the tensor in one piece."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.result: Tensor | None = None
-
-
 class Evaluator:
     """Evaluates the programs of one walk, for all its threads. A thread that fails sets `stopped`, so that nobody waits for it."""
 
@@ -165,7 +159,7 @@ class Evaluator:
         self._findings = findings  # by step
         self._lock = threading.Lock()
         self._jobs: dict[int, dict[tuple[int, int], _Job]] = {}  # by program, then value and phase
-        self._whole: dict[int, dict[int, _Whole]] = {}  # by program, then value
+        self._whole: dict[int, dict[int, Future[Tensor]]] = {}  # by program, then value
         self._orders: dict[tuple[int, frozenset[int], bool], tuple[int, ...]] = {}
         self._left = [program.numel for program in programs]
         self.stopped = threading.Event()
@@ -280,18 +274,28 @@ class Evaluator:
         with self._lock:
             known = self._whole.setdefault(site.program, {})
             is_first = site.value not in known
-            whole = known.setdefault(site.value, _Whole())
+            whole = known.setdefault(site.value, Future())
         if is_first:
             numel = math.prod(site.apply.shape)
             everything = site._replace(start=0, length=numel)
             values = self.evaluate(site.program, 0, numel, site.files, args_of(site.apply), {})
-            whole.result = self._applied(everything, values, {}, None)
-            whole.done.set()
-        while not whole.done.wait(_POLL_SECONDS):
+            whole.set_result(self._applied(everything, values, {}, None))
+        elif not whole.done():
+            self._begin_next(site)
+        while not wait([whole], _POLL_SECONDS).done:
             if self.stopped.is_set():
                 raise Stopped
-        assert whole.result is not None, "BUG: a whole ends with its result"
-        return whole.result
+        return whole.result()
+
+    def _begin_next(self, site: _Site) -> None:
+        """Compute the next tensor that is needed in one piece and that nobody has begun, instead of waiting for somebody else's."""
+        for index in range(site.program + 1, min(site.program + _AHEAD, len(self._programs))):
+            program = self._programs[index]
+            if program.numel > program.slice_size and self._left[index] == program.numel:
+                for n, value in enumerate(program.values):
+                    if isinstance(value, Apply) and value.method.cut == "nowhere" and n not in self._whole.get(index, ()):
+                        self._of_whole(_Site(index, n, value, 0, program.numel, site.files))
+                        return
 
 
 @contextlib.contextmanager

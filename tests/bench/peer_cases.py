@@ -8,8 +8,11 @@ All are float16. `P`, `Q`, `R` and `S` are the like of the first four in float32
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+EXACT: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,12 @@ class Case:
     reason: str = ""
     ulps: int | None = 1
     share: float = 0.01  # of elements that differ, at most
-    double: bool = False  # whether to let the peer compute in float64 as well
+    double: bool = False  # whether to let sd-mecha compute in float64 as well
+    ndim: int | None = None  # compare only tensors of so many dimensions
 
-    def doubled(self) -> Any:
+    def doubled(self) -> list[str]:
         """Tell the peer to compute in float64."""
-        return self.theirs | {"dtype": "float64"} if isinstance(self.theirs, dict) else [self.theirs[0], "float64"]
+        return [self.theirs[0], "float64"]
 
 
 def pair(a: str = "A", b: str = "B", c: str = "", /, **params: Any) -> str:
@@ -52,14 +56,19 @@ def mecha(name: str, ours: str, theirs: str, reason: str = "", **limits: Any) ->
     return Case(name, _method(name) + ours, "sd-mecha", [theirs, "float32"], reason, **limits)
 
 
-def kit(name: str, ours: str, method: str, models: str, /, base: str = "", *, limits: tuple[Any, ...] = (), **params: Any) -> Case:
+def kit(name: str, ours: str, method: str, models: str, /, base: str = "", *, limits: Mapping[str, Any] = EXACT, **params: Any) -> Case:
     """Compare with mergekit, over files, computing in float32; lists of parameters are one for each model."""
     single = {k: v for k, v in params.items() if not isinstance(v, list)}
     several = {k: v for k, v in params.items() if isinstance(v, list)}
     entries = [{"model": f"{model}.safetensors", "parameters": {k: v[n] for k, v in several.items()}} for n, model in enumerate(models)]
     theirs = {"merge_method": method, "dtype": "float32", "models": entries, "parameters": single}
     theirs |= {"base_model": f"{base}.safetensors"} if base else {}
-    return Case(name, _method(name) + ours, "mergekit", theirs, *limits)
+    return Case(name, _method(name) + ours, "mergekit", theirs, **limits)
+
+
+def why(reason: str, **limits: Any) -> dict[str, Any]:
+    """Say why results differ, and how much."""
+    return {"reason": reason, **limits}
 
 
 def _method(name: str) -> str:
@@ -104,15 +113,82 @@ SD_MECHA = (
     mecha("slerp", pair(alpha=0.3), "sd_mecha.slerp(A, B, alpha=0.3)"),
     mecha("slerp-unlike", pair("A", "X", alpha=0.3), "sd_mecha.slerp(A, X, alpha=0.3)"),
     mecha("ties-count", many("O", "ABC", density=1.0, vote="count"), "O + sd_mecha.ties_sum(A - O, B - O, C - O, k=1.0)"),
-    mecha("ties-count-trimmed", many("P", "QRS", density=0.3, vote="count"), "P + sd_mecha.ties_sum(Q - P, R - P, S - P, k=0.3)"),
-    mecha("ties-magnitude-trimmed", many("P", "QRS", density=0.3), "P + sd_mecha.ties_sum(Q - P, R - P, S - P, k=0.3, vote_sgn=True)"),
-    mecha("model_stock_rows-consecutive", many("O", "ABC", pairs="consecutive"), "sd_mecha.n_model_stock(O, A, B, C)"),
-    mecha("geometric_median", many("", "ABC"), "sd_mecha.geometric_median(A, B, C)", double=True),
-    mecha("geometric_median-unlike", many("", "ABX"), "sd_mecha.geometric_median(A, B, X)", double=True),
-    mecha("truncate_rank", 'base = "O"\na = "A"\nrank = 3\n', "O + sd_mecha.truncate_rank(A - O, rank=3, use_approximate_basis=False)", double=True),
-    mecha("rotate", pair("A", "X"), "method('rotate')(Y, Z)", double=True),
-    mecha("rotate-mixed", pair("A", "X", alpha=0.3), "method('rotate')(Y, Z, alpha=0.3)", double=True),
-    mecha("rotate-half", pair("A", "X", alignment=0.5), "method('rotate')(Y, Z, alignment=0.5)", double=True),
+    mecha(
+        "ties-count-trimmed",
+        many("P", "QRS", density=0.3, vote="count"),
+        "P + sd_mecha.ties_sum(Q - P, R - P, S - P, k=0.3)",
+        "keeps of each difference one element more, or two where `density * n` is no whole number",
+        ulps=None,
+        share=0.002,
+    ),
+    mecha(
+        "ties-magnitude-trimmed",
+        many("P", "QRS", density=0.3),
+        "P + sd_mecha.ties_sum(Q - P, R - P, S - P, k=0.3, vote_sgn=True)",
+        "keeps of each difference one element more, or two where `density * n` is no whole number",
+        ulps=None,
+        share=0.002,
+    ),
+    mecha(
+        "model_stock_rows-consecutive",
+        many("O", "ABC", pairs="consecutive"),
+        "sd_mecha.n_model_stock(O, A, B, C)",
+        "does not bound t: rows whose c is below 0 go away from the base, and are not finite where c is -1/2",
+        ulps=None,
+    ),
+    mecha(
+        "geometric_median",
+        many("", "ABC"),
+        "sd_mecha.geometric_median(A, B, C)",
+        "measures distances in float32, and stops where these do not change",
+        ulps=100,
+        share=0.2,
+        double=True,
+    ),
+    mecha(
+        "geometric_median-unlike",
+        many("", "ABX"),
+        "sd_mecha.geometric_median(A, B, X)",
+        "measures distances in float32, and stops where these do not change",
+        ulps=500,
+        share=0.2,
+        double=True,
+    ),
+    mecha(
+        "truncate_rank",
+        'base = "O"\na = "A"\nrank = 3\n',
+        "O + sd_mecha.truncate_rank(A - O, rank=3, use_approximate_basis=False)",
+        "decomposes in float32",
+        ulps=8,
+        double=True,
+    ),
+    mecha(
+        "rotate",
+        pair("A", "X"),
+        "method('rotate')(Y, Z)",
+        "decomposes in float32; only matrices that are not wider than high mean the same",
+        ulps=50,
+        share=0.02,
+        double=True,
+    ),
+    mecha(
+        "rotate-mixed",
+        pair("A", "X", alpha=0.3),
+        "method('rotate')(Y, Z, alpha=0.3)",
+        "decomposes in float32; only matrices that are not wider than high mean the same",
+        ulps=50,
+        share=0.02,
+        double=True,
+    ),
+    mecha(
+        "rotate-half",
+        pair("A", "X", alignment=0.5),
+        "method('rotate')(Y, Z, alignment=0.5)",
+        "decomposes in float32; only matrices that are not wider than high mean the same",
+        ulps=500,
+        share=0.2,
+        double=True,
+    ),
 )
 MERGEKIT = (
     kit("weighted_sum-linear", pair(alpha=0.3), "linear", "AB", weight=[0.7, 0.3]),
@@ -131,7 +207,16 @@ MERGEKIT = (
     kit("karcher", many("", "ABC"), "karcher", "ABC"),
     kit("karcher-unlike", many("", "ABX"), "karcher", "ABX"),
     kit("task_arithmetic", many("O", "ABC", weights=THIRDS), "task_arithmetic", "ABC", "O", weight=THIRDS, density=ALL),
-    kit("ties-mergekit", many("O", "ABC", density=1.0, weights=THIRDS), "ties", "ABC", "O", weight=THIRDS, density=ALL),
+    kit(
+        "ties-mergekit",
+        many("O", "ABC", density=1.0, weights=THIRDS),
+        "ties",
+        "ABC",
+        "O",
+        weight=THIRDS,
+        density=ALL,
+        limits=why("elects + where votes cancel out", ulps=None, share=0.001),
+    ),
     kit(
         "ties-mergekit-trimmed",
         many("P", "QRS", density=0.5, weights=THIRDS, scale=0.8),
@@ -141,6 +226,7 @@ MERGEKIT = (
         weight=THIRDS,
         density=[0.5] * 3,
         **{"lambda": 0.8},
+        limits=why("keeps one of two equal magnitudes at the limit, ours both", ulps=None, share=0.0001),
     ),
     kit(
         "ties-mergekit-sum",
@@ -151,6 +237,7 @@ MERGEKIT = (
         weight=THIRDS,
         density=[0.5] * 3,
         normalize=False,
+        limits=why("float16 files: keeps some of many equal magnitudes, ours all; elects + where votes cancel out", ulps=None),
     ),
     kit(
         "breadcrumbs",
@@ -161,6 +248,11 @@ MERGEKIT = (
         weight=THIRDS,
         density=[0.5] * 3,
         gamma=[0.05] * 3,
+        limits=why(
+            "drops the differences of tensors with fewer than 1 / gamma elements; keeps one of two equal magnitudes at a limit",
+            ulps=None,
+            share=0.0001,
+        ),
     ),
     kit(
         "breadcrumbs-ties",
@@ -171,13 +263,65 @@ MERGEKIT = (
         weight=THIRDS,
         density=[0.5] * 3,
         gamma=[0.05] * 3,
+        limits=why(
+            "drops the differences of tensors with fewer than 1 / gamma elements; keeps one of two equal magnitudes at a limit",
+            ulps=None,
+            share=0.0001,
+        ),
     ),
     kit("sce", many("P", "QRS"), "sce", "QRS", "P"),
-    kit("sce-half", many("O", "ABC"), "sce", "ABC", "O"),
-    kit("sce-selected", many("P", "QRS", density=0.5), "sce", "QRS", "P", select_topk=0.5),
+    kit("sce-half", many("O", "ABC"), "sce", "ABC", "O", limits=why("float16 files: elects + where the sum is 0", ulps=None, share=0.002)),
+    kit(
+        "sce-selected",
+        many("P", "QRS", density=0.5),
+        "sce",
+        "QRS",
+        "P",
+        select_topk=0.5,
+        limits=why("where models do not vary, the result has another shape"),
+    ),
     kit("nearswap", pair(t=0.002), "nearswap", "B", "A", t=0.002),
-    kit("arcee_fusion", _toml({"base": "O", "a": "A"}), "arcee_fusion", "A", "O"),
-    kit("model_stock", many("O", "ABC"), "model_stock", "ABC", "O"),
-    kit("model_stock_rows", many("O", "ABC"), "model_stock", "ABC", "O", filter_wise=True),
-    kit("model_stock_filters", many("O", "ABC"), "model_stock", "ABC", "O", filter_wise=True),
+    kit(
+        "arcee_fusion",
+        _toml({"base": "O", "a": "A"}),
+        "arcee_fusion",
+        "A",
+        "O",
+        limits=why("takes quartiles without interpolation; its divergences, in float32, are good to a hundredth", ulps=None),
+    ),
+    kit(
+        "model_stock",
+        many("O", "ABC"),
+        "model_stock",
+        "ABC",
+        "O",
+        limits=why("does not bound t: a tensor whose c is below 0 goes away from the base", ulps=None, share=0.002),
+    ),
+    kit(
+        "model_stock_rows",
+        many("O", "ABC"),
+        "model_stock",
+        "ABC",
+        "O",
+        filter_wise=True,
+        limits=why(
+            "does not bound t: rows whose c is below 0 go away from the base; takes a product of lengths below 1e-6 for 1e-6", ulps=None, share=0.2
+        ),
+    ),
+    kit(
+        "model_stock_filters",
+        many("O", "ABC"),
+        "model_stock",
+        "ABC",
+        "O",
+        filter_wise=True,
+        limits=why("matrices only: elsewhere its filters are rows", ndim=2),
+    ),
+)
+
+NOT_COMPARED = (
+    ("`dare`, `della`", "both", "random: each tool draws its own numbers; mergekit's also depend on the order of tensors"),
+    ("`rebasin`", "sd-mecha", "has permutations of SDXL only, and does not mix"),
+    ("`ram`", "mergekit", "came after 0.1.4"),
+    ("`rotate`, wide matrices", "sd-mecha", "what turns them there is no rotation, or has a random basis; with `alignment=0.5` it fails on NaN"),
 )

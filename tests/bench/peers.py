@@ -18,14 +18,14 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from blake3 import blake3
-from peer_cases import MERGEKIT, SD_MECHA, Case
+from peer_cases import MERGEKIT, NOT_COMPARED, SD_MECHA, Case
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -87,7 +87,7 @@ def build_theirs(python: Path, script: str, folder: Path, cases: tuple[Case, ...
     """Merge with a peer, all in one process."""
     jobs = {f"theirs-{case.name}": case.theirs for case in cases} | {f"theirs-{case.name}-64": case.doubled() for case in cases if case.double}
     with (folder / f"{script}.log").open("wb") as log:
-        done = subprocess.run([python.absolute(), HERE / script, folder, json.dumps(jobs)], stdout=log, stderr=log)
+        done = subprocess.run([python.absolute(), HERE / script, folder, json.dumps(jobs)], check=False, stdout=log, stderr=log)
     assert not done.returncode, (folder / f"{script}.log").read_text()[-3000:]
 
 
@@ -139,13 +139,42 @@ def ordered(values: np.ndarray) -> np.ndarray:
     return np.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
-def compare(ours: Path, theirs: Mapping[str, torch.Tensor]) -> Difference:
+def compare(ours: Path, theirs: Mapping[str, torch.Tensor], ndim: int | None = None) -> Difference:
     """Compare two results, theirs rounded to float16."""
     found = Difference()
     with safe_open(ours, "np") as file:
         for name in theirs:
-            found.add(name, file.get_tensor(name), theirs[name].to(torch.float16).numpy())
+            if ndim in (None, theirs[name].ndim):
+                found.add(name, file.get_tensor(name), theirs[name].to(torch.float16).numpy())
     return found
+
+
+def row(case: Case, found: Difference, *, double: bool = False) -> str:
+    """Write a line of the table; fail where the difference is larger than is explained."""
+    ulps = 1 if double and case.ulps is not None else case.ulps
+    assert found.elements, case.name
+    assert ulps is None or found.ulps <= ulps, f"{case.name}: {found.ulps} ulps in {found.worst}"
+    assert found.differing <= case.share * found.elements, f"{case.name}: {found.differing} elements differ"
+    method, _, variant = case.name.partition("-")
+    reasons = [case.reason] if found.ulps > 1 or found.odd or case.ndim else []
+    reasons += [f"{len(found.odd)} tensors are of another shape or not finite there"] if found.odd else []
+    share = f"{found.differing / found.elements:.1e}" if found.differing else "none"
+    return f"| `{method}`{f', {variant}' if variant else ''} | {case.peer}{' in float64' * double} | {found.ulps} | {share} | {'; '.join(reasons)} |"
+
+
+def lines(folder: Path, cases: tuple[Case, ...]) -> Iterator[str]:
+    """Write the table."""
+    yield "| Method | Beside | Largest difference, float16 ulps | Elements that differ | What is different there |"
+    yield "|---|---|--:|--:|---|"
+    for name, tensors in automatic1111(folder).items():
+        yield row(Case(name, "", "AUTOMATIC1111's algorithm", None, ulps=0), compare(folder / "out" / f"{name}.safetensors", tensors))
+    for case in cases:
+        for theirs in (folder / f"theirs-{case.name}", folder / f"theirs-{case.name}-64")[: 1 + case.double]:
+            assert theirs.exists(), theirs.with_name(f"{theirs.name}.error").read_text()
+            found = compare(folder / "out" / f"{case.name}.safetensors", load_file(theirs), case.ndim)
+            yield row(case, found, double=theirs.name.endswith("-64"))
+    for method, peer, reason in NOT_COMPARED if cases else ():
+        yield f"| {method} | {peer} | – | – | {reason} |"
 
 
 def main() -> None:
@@ -157,18 +186,15 @@ def main() -> None:
     options = parser.parse_args()
     groups = [(options.sd_mecha, "peer_sd_mecha.py", SD_MECHA), (options.mergekit, "peer_mergekit.py", MERGEKIT)]
     cases = tuple(case for python, _, group in groups if python for case in group)
-    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         make_files(folder)
         build_ours(folder, NATIVE | {case.name: case.ours for case in cases})
         for python, script, group in groups:
             if python:
                 build_theirs(python, script, folder, group)
-        out = folder / "out"
-        for name, tensors in automatic1111(folder).items():
-            print(name, compare(out / f"{name}.safetensors", tensors))
-        for case in cases:
-            print(case.name, case.peer, compare(out / f"{case.name}.safetensors", load_file(folder / f"theirs-{case.name}")))
+        print("\n".join(lines(folder, cases)))
 
 
 if __name__ == "__main__":
