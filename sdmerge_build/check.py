@@ -259,17 +259,12 @@ class _StepChecker:
         names = set().union(*self._inputs)
         components = {self._plan.architecture.component_of(name) for name in names}
         for key, value in self._step.params.items():
-            for pattern in _patterns(value):
-                if pattern not in components and not any(fnmatchcase(name, pattern) for name in names):
-                    self._complain(f"has `{pattern}` in `{key}`, which matches no tensor")
-
-
-def _patterns(value: Any) -> Iterator[str]:
-    for item in value if isinstance(value, tuple) else (value,):
-        if isinstance(item, Ratio):
-            yield from item.globs()
-        elif isinstance(item, str) and isinstance(value, tuple):
-            yield item
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, Ratio):
+                    for said in item.idle(names, self._plan.architecture):
+                        self._complain(f"has in `{key}` an {said}, which matches no tensor".replace(" an rule", " a rule"))
+                elif isinstance(item, str) and isinstance(value, tuple) and item not in components and not any(fnmatchcase(n, item) for n in names):
+                    self._complain(f"has `{item}` in `{key}`, which matches no tensor")
 
 
 def _shares(step: Step, count: int, params: Mapping[str, Any]) -> tuple[Blend | None, tuple[int, ...]]:

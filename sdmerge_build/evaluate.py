@@ -11,6 +11,7 @@ import ctypes
 import inspect
 import math
 import threading
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, BinaryIO, NamedTuple
@@ -226,6 +227,9 @@ class Evaluator:
             alone = (site.start, site.length) == (0, numel) and (numel <= size or apply.method.cut == "nowhere")
             made = answered(made, answer_alone if alone else lambda phase, _: self._answers(site, phase))
         result = made.reshape(-1)
+        if len(result) != site.length:  # torch would spread a single element over all
+            message = f"it returned {len(result)} elements for {site.length}; a method returns a tensor of the shape it was given"
+            raise ValueError(message)
         if target is None:
             return _narrowed(result, apply.dtype, saturates=apply.saturates)
         if apply.saturates:
@@ -306,8 +310,9 @@ def _own_fault(method: Method, tensor: str) -> Iterator[None]:
     except Exception as error:
         if not method.origin or isinstance(error, (SdbuildError, Stopped)):
             raise
-        what = f"method `{method.name}` fails on tensor `{tensor}`: {type(error).__name__}: {str(error)[:300]}"
-        raise SdbuildError(Issue(what=what, hint="a method returns a tensor of the shape it was given")) from error
+        own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.name == method.function.__name__]
+        what = f"method `{method.name}` fails on tensor `{tensor}`{f', in line {own[-1]}' if own else ''}: {type(error).__name__}: {str(error)[:300]}"
+        raise SdbuildError(Issue(what=what, hint="models come as flat slices unless the method says `cut`; see README")) from error
 
 
 def _widened(arg: int, values: Mapping[int, Tensor], compute: str, wide: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:

@@ -147,7 +147,7 @@ class _Walker:
             for piece, emit in emitted:
                 program = self._walk.programs[piece.program]
                 if not _is_finite(self._target(program, n, emit.start, piece, buffers)):
-                    self._refuse(n, program, piece, files)
+                    self._refuse(n, program, emit.start, piece, buffers, files)
 
     def _target(self, program: Program, output: int, start: int, piece: Slice, buffers: Buffers) -> torch.Tensor:
         """Return the memory that a slice of an output goes to, as a tensor."""
@@ -155,7 +155,7 @@ class _Walker:
         begin = start + piece.start * ITEMSIZE[dtype] - buffers.regions[output][0]
         return _tensor(buffers.views[output][begin : begin + piece.count * ITEMSIZE[dtype]], dtype)
 
-    def _refuse(self, output: int, program: Program, piece: Slice, files: Sequence[BinaryIO]) -> None:
+    def _refuse(self, output: int, program: Program, start: int, piece: Slice, buffers: Buffers, files: Sequence[BinaryIO]) -> None:
         """Say which tensor is not finite, and whose fault that is; told to keep going, give up this output alone."""
         if output in self.failures:
             return
@@ -170,8 +170,14 @@ class _Walker:
             what = f"artifact `{name}`: tensor `{program.tensor}` of `{culprits[0]}` holds values that are infinite or not numbers"
             hint = 'the file is damaged, or was merged beyond what its dtype holds; `nonfinite = "allow"` passes such values on'
         else:
-            what = f"artifact `{name}`: tensor `{program.tensor}` becomes larger than {dtype} holds ({LARGEST.get(dtype, 0):g})"
-            hint = 'use a wider `dtype`, or smaller ratios; `nonfinite = "allow"` writes infinities'
+            target = self._target(program, output, start, piece, buffers)
+            is_undefined = dtype != "F8_E4M3" and bool(torch.isnan(target.to(torch.float32)).any())  # which has NaN for what is too large
+            if is_undefined:
+                what = f"artifact `{name}`: tensor `{program.tensor}` becomes what is not a number (NaN)"
+                hint = 'the method divides by zero there, or takes the root or the power of a negative number; `nonfinite = "allow"` writes it'
+            else:
+                what = f"artifact `{name}`: tensor `{program.tensor}` becomes larger than {dtype} holds ({LARGEST.get(dtype, 0):g})"
+                hint = 'use a wider `dtype`, or smaller ratios; `nonfinite = "saturate"` writes the largest number instead'
         error = SdbuildError(Issue(what=what, hint=hint))
         with self._lock:
             self.failures.setdefault(output, error)

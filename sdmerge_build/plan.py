@@ -16,7 +16,7 @@ import networkx as nx
 from sdmerge_build.architectures import ARCHITECTURES, Architecture, architecture_named, architecture_names, is_architecture
 from sdmerge_build.errors import IntegrityError, Issue, RecipeError, in_file_order, nearest, printable
 from sdmerge_build.methods import Method
-from sdmerge_build.methods.own import OwnError, methods_in
+from sdmerge_build.methods.own import OwnError, methods_in, pin_of
 from sdmerge_build.recipe import FormError, Recipe, SourceTable, read_recipe
 from sdmerge_build.sources import UriError, page_of
 from sdmerge_build.sources.uri import RecipeAddress, parse_uri
@@ -162,14 +162,16 @@ class _File:
             self.issues.append(Issue(where=self.recipe.where("architecture"), what=what, hint=hint))
         return self.calls
 
-    def _own_methods(self) -> dict[str, Method]:
-        """Run the files of methods that the recipe names; with `locked`, only those that are pinned."""
+    def _own_methods(self) -> dict[str, Method] | None:
+        """Run the files of methods that the recipe names; with `locked`, only those that are pinned. None when one cannot be had."""
         found: dict[str, Method] = {}
+        count = len(self.issues)
         for n, file in enumerate(self.recipe.table.methods):
             where = self.recipe.where("methods", n)
             if self.locked and not file.sha256:
                 what = f"the methods of `{file.path}` are not pinned, and --locked asks for it"
-                self.issues.append(Issue(where=where, what=what, hint="write `{ path = …, sha256 = … }` in `methods`"))
+                hint = f'read it, and write `{{ path = "{file.path}", sha256 = "{pin_of(self.recipe.path.parent / file.path)}" }}`'
+                self.issues.append(Issue(where=where, what=what, hint=hint))
                 continue
             try:
                 made = methods_in(self.recipe.path.parent / file.path, file.sha256)
@@ -182,7 +184,7 @@ class _File:
             if twice := [name for name in made if name in found]:
                 self.issues.append(Issue(where=where, what=f"`{file.path}` defines `{twice[0]}`, as a file before it does"))
             found |= made
-        return found
+        return found if len(self.issues) == count else None
 
     def inputs(self, name: str) -> tuple[str, ...]:
         """List what a step is made of, by names of the plan."""

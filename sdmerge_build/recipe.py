@@ -278,7 +278,8 @@ def _issue(error: Any, lines: Lines, templates: Mapping[str, str]) -> Issue:
             return Issue(where=where, what=f"{table} lacks `{field}`", hint=_MISSING_HINTS.get(field, ""))
         case "literal_error":
             expected = error["ctx"]["expected"].replace("'", "`")
-            hint = nearest(str(error["input"]).replace("float", "fp"), expected.replace(" or ", ", ").replace("`", "").split(", "))
+            said = {"fp8": "fp8_e4m3", "float8": "fp8_e4m3", "float8_e4m3fn": "fp8_e4m3"}.get(str(error["input"]), str(error["input"]))
+            hint = nearest(said.replace("float", "fp"), expected.replace(" or ", ", ").replace("`", "").split(", "))
             return Issue(where=where, what=f"`{field}` is {repr(error['input'])[:60]}; it must be {expected}", hint=hint)
         case "string_pattern_mismatch" if field == "url":
             return Issue(where=where, what=f"`url` is {repr(error['input'])[:60]}; it must begin with https://")

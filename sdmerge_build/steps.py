@@ -15,6 +15,7 @@ from sdmerge_build.dtypes import Dtypes, read_dtypes
 from sdmerge_build.errors import Issue, nearest
 from sdmerge_build.formula import FormulaError, evaluate, names_in, parse_formula, show
 from sdmerge_build.methods import RANGES, REQUIRED, Method, Parameter, methods
+from sdmerge_build.methods.documentation import found_for
 from sdmerge_build.methods.own import OwnError, installed_methods
 from sdmerge_build.recipe import Recipe, StepTable
 from sdmerge_build.weights.ratio import MAX_ENTRIES, RatioError, read_ratio
@@ -79,12 +80,24 @@ def complete_step(recipe: Recipe, name: str, call: Call | None, *, full_name: st
     )
 
 
+_FOREIGN = {
+    "base_model": ("base",),
+    "lambda": ("scale",),
+    "lambda_": ("scale",),
+    "t": ("alpha",),
+    "weight": ("weights", "alpha"),
+    "beta": ("offset",),
+}
+"""What fields are called in other tools, and here."""
+
+
 class StepReader:
     """Sorts a step's fields into models and parameters by its method's signature, and complains of the rest."""
 
-    def __init__(self, recipe: Recipe, architecture: Architecture, own: Mapping[str, Method], issues: list[Issue]) -> None:
+    def __init__(self, recipe: Recipe, architecture: Architecture, own: Mapping[str, Method] | None, issues: list[Issue]) -> None:
         self._recipe = recipe
-        self._own = own
+        self._is_broken = own is None  # a file of methods could not be read, so any method may be one of its
+        self._own = own or {}
         self._architecture = architecture
         self._issues = issues
         self._names = frozenset({*recipe.table.source, *recipe.table.step})
@@ -95,6 +108,8 @@ class StepReader:
         self._check_dtype(step.dtype, "step", name, "dtype")
         if (step.formula is None) == (step.method is None):
             what = f"step `{name}` {'has both `formula` and' if step.formula else 'needs either `formula` or'} `method`"
+            if "merge_method" in (step.model_extra or {}):
+                return self._complain(name, "merge_method", what=what, hint="`merge_method` is `method` here")
             inner = next(
                 (key for key, value in (step.model_extra or {}).items() if isinstance(value, dict) and not step.model_fields_set - {key}), ""
             )
@@ -135,7 +150,7 @@ class StepReader:
         method = known.get(step.method or "") or self._installed(name, step.method or "")
         if method is None:
             what = f"step `{name}` asks for method `{step.method}`, which does not exist"
-            return self._complain(name, "method", what=what, hint=nearest(step.method or "", known))
+            return None if self._is_broken else self._complain(name, "method", what=what, hint=found_for(step.method or "", known))
         if method.needs and importlib.util.find_spec(method.needs) is None:
             what = f"`{method.name}`, the method of step `{name}`, needs a package that is not installed: {method.needs}"
             self._complain(name, "method", what=what, hint=f'pip install "sdbuild[{method.name}]"')
@@ -148,8 +163,14 @@ class StepReader:
             inputs += self._inputs(name, role, said, several=role == "models" and method.is_open) if said is not None else ()
         count = len(said) if method.is_open and isinstance(said, list) else None
         params = {p.name: self._param(name, p, given.pop(p.name, p.default), count) for p in method.parameters.values()}
+        if method.is_open and (twice := [model for model in inputs[: len(method.models)] if model in inputs[len(method.models) :]]):
+            what = f"step `{name}` names `{twice[0]}` as `{method.models[0]}` and among `models`"
+            self._complain(name, "models", what=what, hint="leave it out of `models`; mergekit does so by itself")
         for field in given:
-            hint = nearest(field, [*method.roles, *method.parameters, *StepTable.model_fields]) or f"`sdbuild methods {method.name}` lists its fields"
+            fields = [*method.roles, *method.parameters]
+            foreign = next((ours for ours in _FOREIGN.get(field, ()) if ours in fields), "")
+            hint = f"here it is `{foreign}`" if foreign else nearest(field, [*fields, *StepTable.model_fields])
+            hint = hint or (f"its fields are {', '.join(fields)}" if fields else "models stand before a `/` in its function, fields behind a `*`")
             self._complain(name, field, what=f"step `{name}` has an unknown field `{field}`", hint=hint)
         roles = (*method.models, *(str(n) for n in range(1, len(inputs) - len(method.models) + 1)))
         return Call(method=method, inputs=tuple(inputs), roles=roles, params=params)

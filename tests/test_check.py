@@ -169,7 +169,7 @@ def test_globs_that_match_nothing_are_refused(space: Space):
     ratio = '{ base = 0.5, rules = [{ match = "*atn2*", value = 1.0 }] }'
     space.pair(PAIR.replace('formula = "0.3 * A + 0.7 * B"', f'method = "weighted_sum"\na = "A"\nb = "B"\nalpha = {ratio}'))
 
-    assert "has `*atn2*` in `alpha`, which matches no tensor" in complaints(space)
+    assert "has in `alpha` a rule `*atn2*`, which matches no tensor" in complaints(space)
 
 
 def test_shares_that_do_not_sum_to_one_are_a_warning(space: Space):

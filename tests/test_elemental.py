@@ -116,7 +116,7 @@ def test_every_value_is_found_beforehand(text: str):
     ratio = read_ratio({"base": 0.5, "elemental": text}, SD1)
     assert {ratio.of(tensor, SD1) for tensor in TENSORS} <= ratio.values()
     words = {word for said in text.replace("\n", ",").split(",") if said for word in said.split(":")[1].split()} - {"NOT"}
-    assert {pattern.strip("*") for pattern in ratio.globs()} <= words
+    assert {word for group in ratio.elemental for element in group.elements for word in element.words} <= words
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ ALL = "an empty part stands for all: `M00::0.5`, `:norm:1`"
         ("IN00:attn1:ff:0.3", "has the entry `IN00:attn1:ff:0.3` in `elemental`, which is not BLOCKS:ELEMENTS:RATIO", ALL),
         ("0.3", "has the entry `0.3` in `elemental`, which is not BLOCKS:ELEMENTS:RATIO", ALL),
         ("IN00:attn1:0.3, IN12:ff:0", "names block `IN12`, which Stable Diffusion 1.x does not have", "did you mean `IN11`?"),
-        ("IN00-IN12:ff:0", "names block `IN00-IN12`, which Stable Diffusion 1.x does not have", "did you mean `IN0"),
+        ("IN00-IN12:ff:0", "names block `IN00-IN12`, which Stable Diffusion 1.x does not have", "the last of them is `IN11`"),
         ("in00:ff:0", "names block `in00`, which Stable Diffusion 1.x does not have", "did you mean `IN00`?"),
         ("IN*:ff:0", "names block `IN*`, which Stable Diffusion 1.x does not have", "globs mean nothing here; write a range"),
         ("IN00 NOT IN05:ff:0", "has a `NOT` in the middle of `IN00 NOT IN05:ff:0`", "`NOT` stands first, and means all that follow"),
@@ -234,3 +234,19 @@ def test_who_is_let_in_by_a_word_contributes(space: Space, entry: str, found: se
     step = f'method = "weighted_sum"\nextra = "drop"\na = "A"\nb = "B"\nalpha = {{ base = 0, elemental = "{entry}" }}'
     plan = plan_file(space.write("recipe.toml", PAIR.replace('formula = "0.3 * A + 0.7 * B"', step)))
     assert found == contributors(plan, plan.steps["mix"])
+
+
+def test_words_that_no_tensor_of_their_blocks_has_are_idle():
+    """
+    A misspelt element, or one that its blocks do not have, is named; others are not.
+    """
+    said = {
+        "base": 0.5,
+        "elemental": "IN00:attn1:0.9, IN04:attn1:0.3, OUT*:x:1".replace("OUT*", "OUT03"),
+        "rules": [{"match": "*nothing*", "value": 1}],
+    }
+    ratio = read_ratio(said, SD1)
+    tensors = [name for name in SD1.layout() if "input_blocks" in name or "output_blocks" in name]
+
+    assert list(ratio.idle(tensors, SD1)) == ["elemental entry for `x`", "rule `*nothing*`"]
+    assert list(read_ratio({"base": 0.5, "elemental": "IN00:attn1:0.9"}, SD1).idle(tensors, SD1)) == ["elemental entry for `attn1`"]

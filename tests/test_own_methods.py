@@ -94,6 +94,8 @@ def test_locked_runs_only_files_that_are_pinned(own: Space):
     run = own.sdbuild("recipe.toml", "--locked")
     assert run.returncode == 2, run.stderr
     assert "the methods of `mine.py` are not pinned, and --locked asks for it" in run.stderr
+    assert hashlib.sha256((own.path / "mine.py").read_bytes()).hexdigest() in run.stderr
+    assert "which does not exist" not in run.stderr
     own.write("recipe.toml", RECIPE.format(methods=PIN.format("0" * 64)))
     run = own.sdbuild("recipe.toml")
     assert run.returncode == 4, run.stderr
@@ -133,7 +135,7 @@ def test_a_file_that_is_not_there_is_an_error(own: Space):
         own.build()
 
 
-@pytest.mark.parametrize("body", ["return a[:3]", "return 5", "return a.nonsense()"])
+@pytest.mark.parametrize("body", ["return a[:3]", "return 5", "return a.nonsense()", "return a.mean()"])
 def test_a_method_that_does_not_do_what_it_should_is_named(own: Space, body: str):
     """
     A result of another shape, no tensor, or an exception: the method, the tensor, and what happened.
@@ -143,6 +145,7 @@ def test_a_method_that_does_not_do_what_it_should_is_named(own: Space, body: str
 
     assert run.returncode == 1, run.stderr
     assert "method `soft_mix` fails on tensor `" in run.stderr
+    assert "elements" in run.stderr or "in line 8" in run.stderr or "no attribute 'reshape'" in run.stderr
     assert "Traceback" not in run.stderr
 
 

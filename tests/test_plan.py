@@ -405,3 +405,25 @@ def test_mistakes_of_form_and_of_meaning_are_told_together(space: Space):
 
     for mistake in ("unknown field `dtypes`", "names `Q`", "`dtype` is 'fp17'", "method `wieghted_sum`, which does not exist", "`three` lacks `b`"):
         assert mistake in told
+
+
+@pytest.mark.parametrize(
+    ("step", "what", "hint"),
+    [
+        ('method = "ties"\nbase = "A"\nmodels = ["A", "B"]\ndensity = 1', "names `A` as `base` and among `models`", "mergekit does so by itself"),
+        ('method = "dare_ties"\nbase = "A"\nmodels = ["B"]', "asks for method `dare_ties`, which does not exist", "see `sdbuild methods dare`"),
+        ('method = "ties"\nbase_model = "A"\nmodels = ["B"]\ndensity = 1', "unknown field `base_model`", "here it is `base`"),
+        ('merge_method = "ties"', "needs either `formula` or `method`", "`merge_method` is `method` here"),
+        ('method = "slerp"\na = "A"\nb = "B"\nt = 0.3', "unknown field `t`", "here it is `alpha`"),
+        ('method = "slerp"\na = "A"\nb = "B"\nalpha = [0.5, 0.3]', "which is not a finite number", "curve = [0.2, 0.8]"),
+    ],
+)
+def test_words_of_other_tools_lead_to_ours(space: Space, step: str, what: str, hint: str):
+    """
+    What people bring from mergekit or another merger is answered with the word that is used here.
+    """
+    with pytest.raises(RecipeError) as caught:
+        plan(space, f"[step.mix]\n{step}\n")
+
+    assert what in str(caught.value)
+    assert hint in str(caught.value)

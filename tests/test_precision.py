@@ -147,6 +147,19 @@ def test_what_is_too_large_is_refused_or_becomes_the_largest_number(space: Space
         space.build()
 
 
+def test_what_is_not_a_number_is_not_called_too_large(space: Space):
+    """
+    A method that makes NaN of sound numbers is told so, and not to use a wider dtype.
+    """
+    space.checkpoint("A", {"w": torch.ones(4)})
+    space.checkpoint("B", {"w": torch.ones(4)})
+    space.write("mine.py", "from sdmerge_build.methods import method\n@method(version=1)\ndef odd(a, /):\n    return a * float('nan')\n")
+    head, _ = TABLE.format(dtype='"fp16"').replace('"sd1"', '"generic"\nmethods = ["mine.py"]').split("[step.mix]")
+    space.write("recipe.toml", head + '[step.mix]\nmethod = "odd"\na = "A"\n')
+    with pytest.raises(SdbuildError, match=r"`w` becomes what is not a number \(NaN\)"):
+        space.build()
+
+
 CHANNELS = """
 recipe = 1
 architecture = "sd1"

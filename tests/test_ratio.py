@@ -226,7 +226,7 @@ BLOCKS = "did you mean `blocks`?"
         ("0.5", "has text as a ratio: '0.5'", "write the number without quotes"),
         (True, "as a ratio, which is not a finite number", ""),
         (None, "as a ratio, which is not a finite number", ""),
-        ([0.5], "as a ratio, which is not a finite number", ""),
+        ([0.5], "as a ratio, which is not a finite number", "values over depth are written `{ base = 0.5, curve = [0.2, 0.8] }`"),
         (float("nan"), "as a ratio, which is not a finite number", ""),
         (float("inf"), "as a ratio, which is not a finite number", ""),
         ({}, "lacks `base`, the value of everything that no block or rule names", "write `base = 0.5`"),
@@ -244,7 +244,7 @@ BLOCKS = "did you mean `blocks`?"
         ({"base": 0.5, "blocks": {"IN12": 0.5}}, "names block `IN12`, which Stable Diffusion 1.x does not have", "did you mean `IN11`?"),
         ({"base": 0.5, "blocks": {"in04": 0.5}}, "names block `in04`, which Stable Diffusion 1.x does not have", "did you mean `IN04`?"),
         ({"base": 0.5, "blocks": {"IN4": 0.5}}, "names block `IN4`, which Stable Diffusion 1.x does not have", "did you mean `IN04`?"),
-        ({"base": 0.5, "blocks": {"IN04-IN12": 0.5}}, "names block `IN04-IN12`, which Stable Diffusion 1.x does not have", "did you mean `IN04`?"),
+        ({"base": 0.5, "blocks": {"IN04-IN12": 0.5}}, "names block `IN04-IN12`, which Stable Diffusion 1.x does not have", "the last of them is `IN11`"),
         (
             {"base": 0.5, "blocks": {"ZZ*": 0.5}},
             "names block `ZZ*`, which Stable Diffusion 1.x does not have",

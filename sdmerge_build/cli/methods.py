@@ -13,7 +13,7 @@ import click
 from sdmerge_build.architectures import Architecture, architecture_named, architecture_names, is_architecture
 from sdmerge_build.errors import Issue, RecipeError, nearest
 from sdmerge_build.methods import Method, methods
-from sdmerge_build.methods.documentation import default_of, documentation_of, families, kind_of
+from sdmerge_build.methods.documentation import default_of, documentation_of, families, found_for, kind_of
 from sdmerge_build.methods.own import OwnError, installed_methods
 from sdmerge_build.weights.presets import ALIASES, PRESETS
 
@@ -33,10 +33,10 @@ def methods_command(name: str | None, blocks: str | None) -> None:
         width = max(map(len, known))
         groups = families() | ({"installed packages": list(_installed().values())} if _installed() else {})
         lines = [[f"{family}:", *(f"  {method.name:{width}}  {method.title}" for method in members)] for family, members in groups.items()]
-        click.echo("\n\n".join(map("\n".join, lines)))
+        click.echo("\n\n".join(map("\n".join, [*lines, ["`sdbuild methods NAME` explains one, also by the name that another tool gives it."]])))
         return
     if name not in known:
-        raise RecipeError(Issue(what=f"there is no method `{name}`", hint=nearest(name, known)))
+        raise RecipeError(Issue(what=f"there is no method `{name}`", hint=found_for(name, known)))
     click.echo("\n".join(_explained(known[name])))
 
 
@@ -88,7 +88,11 @@ def _paragraph(text: str) -> list[str]:
 def _described(name: str) -> Iterator[str]:
     """Describe an architecture's blocks: in order, with the tensors and parts of each, and how weights for them are written down."""
     if not is_architecture(name):
-        raise RecipeError(Issue(what=f"there is no architecture `{name}`", hint=nearest(name, architecture_names())))
+        raise RecipeError(
+            Issue(
+                what=f"there is no architecture `{name}`", hint=nearest(name, architecture_names()) or f"known are {', '.join(architecture_names())}"
+            )
+        )
     architecture = architecture_named(name)
     yield architecture.title
     yield from _places(architecture) if architecture.blocks else ("", "no blocks: ratios are numbers, or tables with `base`, `elemental` and `rules`")

@@ -241,7 +241,8 @@ def _parameter(argument: inspect.Parameter) -> Parameter:
         words = ast.literal_eval(f"({kind[len('Literal[') : -1]},)")
         return Parameter(name=argument.name, kind="word", default=argument.default, words=words)
     if kind not in _KINDS:
-        message = f"`{argument.name}` is a `{kind}`; parameters are {', '.join(_KINDS)} or Literal[…]"
+        said = "has no annotation" if argument.annotation is argument.empty else f"is a `{kind}`"
+        message = f"`{argument.name}` {said}; fields are {', '.join(_KINDS)} or Literal[…]"
         raise TypeError(message)
     return Parameter(name=argument.name, kind=kind, default=argument.default)
 

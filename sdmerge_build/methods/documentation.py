@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from sdmerge_build.errors import nearest
 from sdmerge_build.methods import MODULES, REQUIRED, Method, Parameter, methods
 
-__all__ = ["FAMILIES", "Documentation", "default_of", "documentation_of", "families", "kind_of", "table"]
+__all__ = ["FAMILIES", "Documentation", "default_of", "documentation_of", "families", "found_for", "kind_of", "table"]
 
 FAMILIES = {
     "sums of models": ("linear",),
@@ -55,8 +56,9 @@ def documentation_of(method: Method) -> Documentation:
     made = Documentation(title=title)
     for paragraph in re.split(r"\n\s*\n", body.strip()):
         text = re.sub(r"\n\s+", " ", paragraph)
-        entries = [(line, _ENTRY.fullmatch(line)) for line in text.split("\n")]
-        for line, entry in entries:
+        notes: list[str] = []
+        for line in text.split("\n"):
+            entry = _ENTRY.fullmatch(line)
             if entry and entry[1] in method.parameters:
                 made.parameters[entry[1]] = entry[2]
             elif entry and entry[1] == "Origin":
@@ -64,8 +66,18 @@ def documentation_of(method: Method) -> Documentation:
             elif entry and entry[1] == "Elsewhere":
                 made.elsewhere = entry[2]
             elif line:
-                made.notes.append(line)
+                notes.append(line)
+        made.notes += [" ".join(notes)] if notes else []
     return made
+
+
+def found_for(name: str, known: Mapping[str, Method]) -> str:
+    """Say which method is meant by a name that is none here: another tool's, or a misspelt one."""
+    wanted = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])", re.IGNORECASE)
+    others = [made.name for made in known.values() if wanted.search(inspect.getdoc(made.function) or "")] if len(name) > 1 else []
+    if others:
+        return f"another tool's name; see {', '.join(f'`sdbuild methods {other}`' for other in others[:3])}"
+    return nearest(name, known) or "`sdbuild methods` lists them"
 
 
 def kind_of(parameter: Parameter) -> str:

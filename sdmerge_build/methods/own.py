@@ -6,6 +6,7 @@ Has never heard of recipes. The content of a file is part of what keys know its 
 from __future__ import annotations
 import __future__
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -18,7 +19,7 @@ from pathlib import Path
 from sdmerge_build.digest import blake3_hex
 from sdmerge_build.methods import Method, collecting, methods
 
-__all__ = ["GROUP", "OwnError", "installed_methods", "methods_in"]
+__all__ = ["GROUP", "OwnError", "installed_methods", "methods_in", "pin_of"]
 
 GROUP = "sdbuild.methods"
 """The group of entry points by which packages offer methods: each names a module."""
@@ -49,6 +50,13 @@ def methods_in(path: Path, sha256: str | None) -> dict[str, Method]:
     return _run(content, str(path), blake3_hex(content))
 
 
+def pin_of(path: Path) -> str:
+    """Return the sha256 of a file; nothing when it cannot be read."""
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return ""
+
+
 @functools.cache
 def _run(content: bytes, name: str, digest: str) -> dict[str, Method]:
     with collecting() as found:
@@ -57,7 +65,8 @@ def _run(content: bytes, name: str, digest: str) -> dict[str, Method]:
             exec(code, {"__name__": f"sdbuild_methods_{digest[:12]}", "__file__": name})  # noqa: S102  the recipe asks for it
         except Exception as error:
             line = next((f":{frame.lineno}" for frame in reversed(_frames(error)) if frame.filename == name), "")
-            raise OwnError(f"cannot be run: {type(error).__name__}{line}: {error}") from error
+            hint = "write `@method(version=1)`, with its parentheses" if "method() takes 0 positional" in str(error) else ""
+            raise OwnError(f"cannot be run: {type(error).__name__}{line}: {error}", hint) from error
     if not found:
         raise OwnError("defines no method", "a method is a function below `@method(version=1)`; `from sdmerge_build.methods import method`")
     if taken := [name for name in found if name in methods()]:

@@ -48,6 +48,9 @@ def named(pattern: str, architecture: Architecture, *, has_globs: bool = True) -
         message = f"names block `{pattern}`, which {architecture.title} does not have"
         if _GLOB & set(pattern) and not has_globs:
             raise RatioError(message, "globs mean nothing here; write a range such as `IN00-IN05`")
+        if dash and first in blocks and first.rstrip("0123456789") == last.rstrip("0123456789"):
+            kin = [block for block in blocks if block.rstrip("0123456789") == first.rstrip("0123456789")]
+            raise RatioError(message, f"the last of them is `{kin[-1]}`")
         listed = f"`sdbuild methods --blocks {architecture.name}` lists its blocks"
         raise RatioError(message, nearest(pattern, known) or (listed if known else "use `rules`"))
     return names

@@ -40,7 +40,7 @@ class Range:
             number = math.inf
         if not math.isfinite(number):
             message = f"has {repr(value)[:40]} as {what}, which is not a finite number"
-            raise RatioError(message)
+            raise RatioError(message, "values over depth are written `{ base = 0.5, curve = [0.2, 0.8] }`" if isinstance(value, list) else "")
         if not self.low <= number <= self.high:
             message = f"has {number!r} as {what}, which is not {self}"
             raise RatioError(message)

@@ -6,9 +6,8 @@ Has never heard of methods or files. Entries apply in order and the last match w
 
 from __future__ import annotations
 
-import glob
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -68,11 +67,15 @@ class Ratio:
         by_name = {element.value for group in self.elemental for element in group.elements} | {value for _, value in self.rules}
         return {self.base, *self.blocks.values()} | by_name
 
-    def globs(self) -> Iterator[str]:
-        """Yield the patterns of tensor names that are written in it."""
-        words = dict.fromkeys(word for group in self.elemental for element in group.elements for word in element.words)
-        yield from (f"*{glob.escape(word)}*" for word in words)
-        yield from (pattern for pattern, _ in self.rules)
+    def idle(self, tensors: Collection[str], architecture: Architecture) -> Iterator[str]:
+        """Yield what is written in it and names no tensor: words of elemental entries, seen in their blocks, and globs of rules."""
+        places = {tensor: part or block for tensor in tensors for block, part in [architecture.block_of(tensor)]} if self.elemental else {}
+        said = dict.fromkeys(word for group in self.elemental for element in group.elements for word in element.words)
+        for word in said:
+            held = set().union(*(group.places for group in self.elemental for element in group.elements if word in element.words))
+            if not any(word in tensor for tensor, place in places.items() if place in held):
+                yield f"elemental entry for `{word}`"
+        yield from (f"rule `{pattern}`" for pattern, _ in self.rules if not any(fnmatchcase(tensor, pattern) for tensor in tensors))
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Yield what decides the values, as `(suffix, value)`; equal ratios yield equal facts, however they were written."""
