@@ -216,19 +216,21 @@ class _Run:
     def _survey(self, folder: Path, torch: _TorchImport) -> dict[str, Findings]:
         """Find out what steps must know of whole models, parents first, unless the store knows it."""
         plan, store = self._prepared.plan, self._prepared.store
-        evaluated = {value.step for walk in self._passes for program in walk.programs for value in program.values if isinstance(value, Apply)}
+        evaluated = {
+            self._keys[value.step] for walk in self._passes for program in walk.programs for value in program.values if isinstance(value, Apply)
+        }
         findings: dict[str, Findings] = {}
         for step in plan.steps.values():
-            if step.method.survey is None or step.name not in evaluated:
+            if step.method.survey is None or self._keys[step.name] not in evaluated:
                 continue
             key = survey_key(step, self._keys, plan.architecture.fingerprint)
-            known = store.findings(key)
+            known: Findings | None = store.findings(key)
             if known is None:
                 torch.module()
                 from sdmerge_build.surveys import conduct  # noqa: PLC0415  it imports torch
 
                 self._watcher.note(f"{step.name}: surveying its models")
-                known = dict(conduct(plan, self.check(), self._keys, self._leaves, step, findings, self._options.reach.jobs))
+                known = conduct(plan, self.check(), self._keys, self._leaves, step, findings, self._options.reach.jobs)
                 store.keep_findings(key, known, folder)
             findings[step.name] = known
         return findings

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sdmerge_build.architectures import GENERIC, recognise
+from sdmerge_build.architectures import GENERIC, architecture_named, recognise
 from sdmerge_build.blend import Blend, blend_of
 from sdmerge_build.dtypes import FLOATS, KEEP, MERGEABLE, promote
 from sdmerge_build.errors import Issue, named_briefly
@@ -64,13 +64,14 @@ def check(plan: Plan, headers: Mapping[str, Header]) -> Checked:
 
 
 def _architecture_issues(plan: Plan, name: str, header: Header) -> Iterator[Issue]:
-    wanted = plan.architecture
+    said = plan.sources[name].architecture
+    wanted = architecture_named(said) if said else plan.architecture
     if wanted.name == GENERIC or wanted.fits(header.tensors):
         return
     where = plan.where("source", name)
     actual = recognise(header.tensors)
     if actual.name != GENERIC:
-        what = f"source `{name}` is a {actual.title} checkpoint, but the recipe merges {wanted.title}"
+        what = f"source `{name}` is a {actual.title} checkpoint, but the recipe {'calls it' if said else 'merges'} {wanted.title}"
         yield Issue(where=where, what=what, hint=f'write `architecture = "{actual.name}"`, or use another file')
         return
     if any(tensor.startswith(("lora_", "lycoris_")) or ".lora_" in tensor for tensor in header.tensors):
@@ -144,7 +145,8 @@ class _StepChecker:
             return self._complain(*self._shape_complaint(name, specs))
         kinds = {spec.dtype in FLOATS for spec in specs}
         if kinds == {False}:
-            return self._whole_numbers(name, specs)
+            same = len({spec.shape for spec in specs}) == 1
+            return self._whole_numbers(name, specs) if same else self._complain(*self._shape_complaint(name, specs))
         if len(kinds) > 1:
             types = " and ".join(dict.fromkeys(spec.dtype for spec in specs))
             return self._complain(f"would mix whole numbers with fractions ({types})", name)

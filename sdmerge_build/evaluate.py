@@ -24,47 +24,16 @@ from sdmerge_build.errors import IntegrityError, Issue, SdbuildError
 from sdmerge_build.methods import Findings, Method, Place
 from sdmerge_build.methods.measures import Measure, answer_alone, answered, chunk_size, seen
 from sdmerge_build.programs import Apply, Fit, Load, Program, Round, args_of
+from sdmerge_build.rounding import EIGHT_BITS, TORCH, narrowed, rounded, saturated
 
-__all__ = ["EIGHT_BITS", "LARGEST", "TORCH", "Evaluator", "Stopped", "read_slice", "rounded"]
+__all__ = ["Evaluator", "Stopped", "read_slice"]
 
-TORCH = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Dtypes that are computed with; all others are moved as bytes."""
-
-EIGHT_BITS = {torch.float8_e4m3fn, torch.float8_e5m2}
-LARGEST = {name: torch.finfo(dtype).max for name, dtype in TORCH.items()}
-_BEYOND_E4M3 = 464.0  # half a step above the largest number; the tie goes to it, which is even
-_NARROW = {torch.float16, torch.bfloat16, *EIGHT_BITS}
 _POLL_SECONDS = 0.1
 _AHEAD = 16  # tensors that are looked through for the next in one piece
 
 
 class Stopped(Exception):  # noqa: N818  nothing is wrong with the one who stops
     """Somebody else failed, and nobody needs what was being computed."""
-
-
-def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to another dtype, once, to nearest even.
-
-    torch goes from float64 to 16 and 8 bits by way of float32, which rounds twice; here that middle step rounds to odd, which is harmless
-    (Boldo and Melquiond, "When double rounding is odd", 2004).
-    """
-    if value.dtype is torch.float64 and dtype in _NARROW:
-        near = value.to(torch.float32)
-        bits = near.view(torch.int32)
-        inexact = near.to(torch.float64) != value
-        outwards = near.to(torch.float64).abs() > value.abs()
-        bits = torch.where(inexact, torch.where(outwards, bits - 1, bits) | 1, bits)
-        value = bits.view(torch.float32)
-    if dtype is torch.float8_e4m3fn and value.dtype is not dtype:  # it has no infinity, and torch makes 448 of whatever is too large
-        value = torch.where(value.to(torch.float32).abs() > _BEYOND_E4M3, math.nan, value)
-    return value.to(dtype)
 
 
 def read_slice(files: Sequence[BinaryIO], value: Load, start: int, count: int) -> Tensor:
@@ -177,7 +146,7 @@ class Evaluator:
                 case Load() as load:
                     values[n] = read_slice(files, load, start, count if load.numel == program.numel else load.numel)
                 case Round() as copy:
-                    values[n] = _narrowed(values[copy.arg], copy.dtype, saturates=copy.saturates)
+                    values[n] = narrowed(values[copy.arg], copy.dtype, saturates=copy.saturates)
                 case Fit() as fit:
                     values[n] = _fitted(fit, values)
                 case Apply() as apply:
@@ -195,9 +164,8 @@ class Evaluator:
         program = self._programs[index]
         apply = program.values[value]
         assert isinstance(apply, Apply), "BUG: only a function concludes"
-        site = _Site(index, value, apply, 0, min(program.grain, program.numel), files)
-        values = self.evaluate(index, site.start, site.length, files, args_of(apply), {})
-        return answered(self._started(site, values, {}), lambda phase, _: self._answers(site, phase))
+        site = _Site(index, value, apply, 0, min(chunk_size(apply.method.cut, apply.shape), program.numel), files)
+        return answered(self._started(site, self._args(site), {}), lambda phase, _: self._answers(site, phase))
 
     def release(self, index: int, count: int) -> None:
         """Forget what was learned of a tensor once all its elements were evaluated."""
@@ -223,23 +191,24 @@ class Evaluator:
             return self._of_whole(site)[site.start : site.start + site.length]
         made = self._started(site, values, wide)
         if inspect.isgenerator(made):
-            size = chunk_size(apply.method.cut, self._programs[site.program].grain)
-            alone = (site.start, site.length) == (0, numel) and (numel <= size or apply.method.cut == "nowhere")
+            alone = (site.start, site.length) == (0, numel) and (numel <= chunk_size(apply.method.cut, apply.shape) or apply.method.cut == "nowhere")
             made = answered(made, answer_alone if alone else lambda phase, _: self._answers(site, phase))
         result = made.reshape(-1)
-        if len(result) != site.length:  # torch would spread a single element over all
-            message = f"it returned {len(result)} elements for {site.length}; a method returns a tensor of the shape it was given"
+        if len(result) != site.length or not result.is_floating_point():  # torch would spread a single element over all
+            message = f"it returned {len(result)} {result.dtype} for {site.length} elements; a method returns fractions, in the shape it was given"
             raise ValueError(message)
         if target is None:
-            return _narrowed(result, apply.dtype, saturates=apply.saturates)
+            return narrowed(result, apply.dtype, saturates=apply.saturates)
         if apply.saturates:
-            result = _saturated(result, target.dtype)
+            result = saturated(result, target.dtype)
         return target.copy_(rounded(result, target.dtype) if result.dtype is torch.float64 or target.dtype in EIGHT_BITS else result)
 
     def _started(self, site: _Site, values: Mapping[int, Tensor], wide: dict[tuple[int, torch.dtype], Tensor]) -> Any:
         """Call a method on a slice: its result, or a generator that has not begun."""
         apply, method = site.apply, site.apply.method
         models = [None if a is None else seen(_widened(a, values, apply.compute, wide), method.cut, apply.shape) for a in apply.args]
+        if method.origin:  # who knows what it does with them
+            models = [model if model is None else model.clone() for model in models]
         params = dict(apply.params)
         if method.place:
             name = self._programs[site.program].tensor
@@ -250,11 +219,11 @@ class Evaluator:
 
     def _answers(self, site: _Site, phase: int) -> tuple[Any, ...]:
         """Answer what a method asks of a whole tensor; whoever comes first or meanwhile helps to measure."""
-        numel, grain = self._programs[site.program].numel, self._programs[site.program].grain
+        numel = math.prod(site.apply.shape)
         with self._lock:
             jobs = self._jobs.setdefault(site.program, {})
             if (site.value, phase) not in jobs:
-                size = chunk_size(site.apply.method.cut, grain)
+                size = chunk_size(site.apply.method.cut, site.apply.shape)
                 jobs[site.value, phase] = _Job([(start, min(size, numel - start)) for start in range(0, numel, size)])
             job = jobs[site.value, phase]
         while chunk := job.take(self.stopped):
@@ -265,13 +234,24 @@ class Evaluator:
 
     def _asked(self, site: _Site, phase: int) -> Sequence[Measure]:
         """Run a method on a chunk until it asks for the measures of a phase."""
-        values = self.evaluate(site.program, site.start, site.length, site.files, args_of(site.apply), {})
-        made = self._started(site, values, {})
-        asked = next(made)
-        for earlier in range(phase):
-            answers = self._answers(site, earlier)
-            asked = made.send(answers if isinstance(asked, tuple) else answers[0])
+        made = self._started(site, self._args(site), {})
+        try:
+            asked = next(made)
+            for earlier in range(phase):
+                answers = self._answers(site, earlier)
+                asked = made.send(answers if isinstance(asked, tuple) else answers[0])
+        except StopIteration:
+            raise ValueError("it asks about the tensor on some slices, and returns without asking on others") from None
         return asked if isinstance(asked, tuple) else (asked,)
+
+    def _args(self, site: _Site) -> Mapping[int, Tensor]:
+        """Evaluate what a method is given on a slice that others may not divide there."""
+        program, numel = self._programs[site.program], math.prod(site.apply.shape)
+        low, high, grain = 0, program.numel, program.grain
+        if numel == program.numel:
+            low, high = site.start // grain * grain, min(numel, -(-(site.start + site.length) // grain) * grain)
+        values = self.evaluate(site.program, low, high - low, site.files, args_of(site.apply), {})
+        return {n: value[site.start - low :][: site.length] for n, value in values.items()}
 
     def _of_whole(self, site: _Site) -> Tensor:
         """Return the result of a method that needs the tensor in one piece: computed once, by whoever comes first."""
@@ -282,8 +262,7 @@ class Evaluator:
         if is_first:
             numel = math.prod(site.apply.shape)
             everything = site._replace(start=0, length=numel)
-            values = self.evaluate(site.program, 0, numel, site.files, args_of(site.apply), {})
-            whole.set_result(self._applied(everything, values, {}, None))
+            whole.set_result(self._applied(everything, self._args(everything), {}, None))
         elif not whole.done():
             self._begin_next(site)
         while not wait([whole], _POLL_SECONDS).done:
@@ -307,7 +286,7 @@ def _own_fault(method: Method, tensor: str) -> Iterator[None]:
     """Say of what goes wrong in a method that is not built in whose fault it is."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not method.origin or isinstance(error, (SdbuildError, Stopped)):
             raise
         own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.name == method.function.__name__]
@@ -326,19 +305,6 @@ def _widened(arg: int, values: Mapping[int, Tensor], compute: str, wide: dict[tu
     if (arg, dtype) not in wide:
         wide[arg, dtype] = value.to(dtype)
     return wide[arg, dtype]
-
-
-def _narrowed(value: Tensor, dtype: str, *, saturates: bool) -> Tensor:
-    """Round a value to a dtype by name; what is only moved stays as it is."""
-    if dtype not in TORCH:
-        return value
-    return rounded(_saturated(value, TORCH[dtype]) if saturates else value, TORCH[dtype])
-
-
-def _saturated(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Take the largest number of a dtype for what is larger; what is not a number stays so."""
-    largest = torch.finfo(dtype).max
-    return value.to(torch.float32).clamp(-largest, largest) if value.dtype in EIGHT_BITS else value.clamp(-largest, largest)
 
 
 def _fitted(fit: Fit, values: Mapping[int, Tensor]) -> Tensor:

@@ -66,6 +66,8 @@ def survey_key(step: Step, keys: Mapping[str, str], fingerprint: str) -> str:
     digest.fact("architecture", fingerprint)
     digest.fact("survey", f"{survey.name}@{survey.version}")
     digest.fact("origin", step.method.origin)
+    if step.method.pinned:
+        digest.fact("machine", _machine())
     digest.fact("compute", step.compute)
     for policy in ("missing", "extra", "mismatch"):
         digest.fact(policy, getattr(step, policy))

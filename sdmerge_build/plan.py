@@ -14,13 +14,11 @@ from pathlib import Path
 import networkx as nx
 
 from sdmerge_build.architectures import ARCHITECTURES, Architecture, architecture_named, architecture_names, is_architecture
-from sdmerge_build.errors import IntegrityError, Issue, RecipeError, in_file_order, nearest, printable
-from sdmerge_build.methods import Method
-from sdmerge_build.methods.own import OwnError, methods_in, pin_of
+from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest, printable
 from sdmerge_build.recipe import FormError, Recipe, SourceTable, read_recipe
 from sdmerge_build.sources import UriError, page_of
 from sdmerge_build.sources.uri import RecipeAddress, parse_uri
-from sdmerge_build.steps import Call, Step, StepReader, complete_step
+from sdmerge_build.steps import Call, Step, StepReader, complete_step, own_methods
 
 __all__ = ["Origin", "Plan", "Step", "plan_file", "plan_recipe"]
 
@@ -151,7 +149,7 @@ class _File:
         architecture = self.recipe.table.architecture
         self.issues += _bad_sources(self.recipe)
         if is_architecture(architecture):
-            reader = StepReader(self.recipe, architecture_named(architecture), self._own_methods(), self.issues)
+            reader = StepReader(self.recipe, architecture_named(architecture), own_methods(self.recipe, self.issues, locked=self.locked), self.issues)
             self.calls = {name: reader.call(name, step) for name, step in self.recipe.table.step.items()}
         else:
             names = architecture_names()
@@ -161,30 +159,6 @@ class _File:
             what = f"architecture `{architecture}` is not known"
             self.issues.append(Issue(where=self.recipe.where("architecture"), what=what, hint=hint))
         return self.calls
-
-    def _own_methods(self) -> dict[str, Method] | None:
-        """Run the files of methods that the recipe names; with `locked`, only those that are pinned. None when one cannot be had."""
-        found: dict[str, Method] = {}
-        count = len(self.issues)
-        for n, file in enumerate(self.recipe.table.methods):
-            where = self.recipe.where("methods", n)
-            if self.locked and not file.sha256:
-                what = f"the methods of `{file.path}` are not pinned, and --locked asks for it"
-                hint = f'read it, and write `{{ path = "{file.path}", sha256 = "{pin_of(self.recipe.path.parent / file.path)}" }}`'
-                self.issues.append(Issue(where=where, what=what, hint=hint))
-                continue
-            try:
-                made = methods_in(self.recipe.path.parent / file.path, file.sha256)
-            except OwnError as error:
-                issue = Issue(where=where, what=f"`{file.path}` {error}", hint=error.hint)
-                if error.is_altered:
-                    raise IntegrityError(issue) from None
-                self.issues.append(issue)
-                continue
-            if twice := [name for name in made if name in found]:
-                self.issues.append(Issue(where=where, what=f"`{file.path}` defines `{twice[0]}`, as a file before it does"))
-            found |= made
-        return found if len(self.issues) == count else None
 
     def inputs(self, name: str) -> tuple[str, ...]:
         """List what a step is made of, by names of the plan."""
@@ -305,6 +279,11 @@ def _bad_sources(recipe: Recipe) -> Iterator[Issue]:
             page_of(source.uri or "https://none")
         except UriError as error:
             yield Issue(where=recipe.where("source", name, "uri"), what=f"source `{name}`: {error}", hint=error.hint)
+        family = recipe.table.architecture.partition("/")[0]
+        if source.architecture and not (is_architecture(source.architecture) and source.architecture.partition("/")[0] == family):
+            what = f"source `{name}` is of architecture `{source.architecture}`, which is no variant of `{family}`"
+            hint = nearest(source.architecture, [n for n in architecture_names() if n.startswith(f"{family}/")])
+            yield Issue(where=recipe.where("source", name, "architecture"), what=what, hint=hint)
         shown = {"homepage": source.homepage, "evidence": source.evidence.url if source.evidence else None}
         for place in (place for place, url in shown.items() if url and _SECRET.search(url)):
             what = f"source `{name}`: `{place}` holds a login or a token, and would be published"

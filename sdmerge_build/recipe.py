@@ -60,6 +60,7 @@ class SourceTable(Table):
     size: int | None = Field(None, ge=0, description="Its size in bytes.")
     sha256: Hex64 | None = Field(None, description="The sha256 of the whole file, 64 hex digits.")
     blake3: Hex64 | None = Field(None, description="The blake3 of the whole file, 64 hex digits.")
+    architecture: Text | None = Field(None, description="Its variant, where others of the recipe are another: `sd1/inpainting`.")
     license: Text | None = Field(None, description="Its licence, as its author declares it.")
     credit: Text | None = Field(None, description="Whom to credit.")
     homepage: Text | None = Field(None, description="Its page, for people.")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from sdmerge_build.architectures import Architecture
+from sdmerge_build.architectures import Architecture, architecture_named
 from sdmerge_build.dtypes import ITEMSIZE
 from sdmerge_build.files import as_space_error, replacing
 from sdmerge_build.recipe import SourceTable
@@ -33,11 +33,12 @@ def stand_ins(architecture: Architecture, sources: Mapping[str, SourceTable], si
     """Replace every source by a stand-in file below `folder`, made if it is not there yet."""
     replaced = {}
     for name, source in sources.items():
-        kind = "-".join(filter(None, (architecture.name, architecture.variant, size)))
+        variant = architecture_named(source.architecture) if source.architecture else architecture
+        kind = "-".join(filter(None, (variant.name, variant.variant, size)))
         path = folder / f"{_file_name(name)}-{kind}-{source.size or 0}.safetensors"
         if not path.exists():
-            stand_in(path, architecture, size, seed=name, file_size=source.size)
-        keep = source.model_dump(include={"license", "credit", "homepage", "permissions", "evidence"})
+            stand_in(path, variant, size, seed=name, file_size=source.size)
+        keep = source.model_dump(include={"license", "credit", "homepage", "permissions", "evidence", "architecture"})
         replaced[name] = SourceTable(path=str(path.resolve()), **keep)
     return replaced
 

@@ -12,15 +12,15 @@ from typing import Any
 
 from sdmerge_build.architectures import Architecture
 from sdmerge_build.dtypes import Dtypes, read_dtypes
-from sdmerge_build.errors import Issue, nearest
+from sdmerge_build.errors import IntegrityError, Issue, nearest
 from sdmerge_build.formula import FormulaError, evaluate, names_in, parse_formula, show
 from sdmerge_build.methods import RANGES, REQUIRED, Method, Parameter, methods
 from sdmerge_build.methods.documentation import found_for
-from sdmerge_build.methods.own import OwnError, installed_methods
+from sdmerge_build.methods.own import OwnError, installed_methods, methods_in, pin_of
 from sdmerge_build.recipe import Recipe, StepTable
 from sdmerge_build.weights.ratio import MAX_ENTRIES, RatioError, read_ratio
 
-__all__ = ["Call", "Step", "StepReader", "complete_step"]
+__all__ = ["Call", "Step", "StepReader", "complete_step", "own_methods"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +78,33 @@ def complete_step(recipe: Recipe, name: str, call: Call | None, *, full_name: st
         title=said.title or name,
         about={key: text for key in ("author", "description", "license") if (text := field(key, ""))},
     )
+
+
+def own_methods(recipe: Recipe, issues: list[Issue], *, locked: bool) -> dict[str, Method] | None:
+    """Run the files of methods that a recipe names; with `locked`, only those that are pinned. None when one cannot be had.
+
+    Raises `IntegrityError` for a file that is not the one that was pinned.
+    """
+    found: dict[str, Method] = {}
+    count = len(issues)
+    for n, file in enumerate(recipe.table.methods):
+        where, path = recipe.where("methods", n), recipe.path.parent / file.path
+        if locked and not file.sha256:
+            what = f"the methods of `{file.path}` are not pinned, and --locked asks for it"
+            issues.append(Issue(where=where, what=what, hint=f'read it, and write `{{ path = "{file.path}", sha256 = "{pin_of(path)}" }}`'))
+            continue
+        try:
+            made = methods_in(path, file.sha256)
+        except OwnError as error:
+            issue = Issue(where=where, what=f"`{file.path}` {error}", hint=error.hint)
+            if error.is_altered:
+                raise IntegrityError(issue) from None
+            issues.append(issue)
+            continue
+        if twice := [name for name in made if name in found]:
+            issues.append(Issue(where=where, what=f"`{file.path}` defines `{twice[0]}`, as a file before it does"))
+        found |= made
+    return found if len(issues) == count else None
 
 
 _FOREIGN = {

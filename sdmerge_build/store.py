@@ -88,12 +88,14 @@ class Store:
             known = json.loads(read_regular(self.root / "findings" / f"{key}.json"))
         except (OSError, ValueError, RecursionError):
             return None
-        return known if isinstance(known, dict) else None
+        if not isinstance(known, dict) or known.get("digest") != _findings_digest(known.get("findings")):
+            return None
+        return dict(known["findings"])
 
     def keep_findings(self, key: str, findings: Mapping[str, Any], aside: Path) -> None:
         """Keep what a survey found; `aside` is a folder for the unfinished file."""
         ready = aside / f"{key}.json"
-        _write_json(ready, dict(findings))
+        _write_json(ready, {"digest": _findings_digest(findings), "findings": findings})
         (self.root / "findings").mkdir(exist_ok=True)
         ready.replace(self.root / "findings" / ready.name)
 
@@ -211,6 +213,10 @@ class Store:
             self.memo.remember(stored.path, known, snapshot)
             self.memo.save()
         return known.sha256 == stored.sha256 and known.tensors == stored.tensor_digest
+
+
+def _findings_digest(findings: Any) -> str:
+    return blake3_hex(json.dumps(findings, sort_keys=True).encode())
 
 
 def _is_trace(trace: Any) -> bool:

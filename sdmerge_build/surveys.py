@@ -5,6 +5,7 @@ Has never heard of outputs or of what any method asks for.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sdmerge_build.check import Checked
+from sdmerge_build.errors import Issue, SdbuildError
 from sdmerge_build.evaluate import Evaluator
 from sdmerge_build.methods import Findings, Method
 from sdmerge_build.plan import Plan, Step
@@ -36,7 +38,14 @@ def conduct(
     assert survey, "BUG: only a method with a survey is surveyed"
     torch.set_num_threads(1)
     with Models(plan, checked, keys, leaves, step, findings, jobs) as models, torch.inference_mode():
-        return survey.function(models, **{name: step.params[name] for name in survey.parameters})
+        try:
+            found = survey.function(models, **{name: step.params[name] for name in survey.parameters})
+            return dict(json.loads(json.dumps(dict(found))))  # as it will be read back
+        except (Exception, SystemExit) as error:
+            if not step.method.origin or isinstance(error, SdbuildError):
+                raise
+            what = f"the survey of method `{step.method.name}` fails: {type(error).__name__}: {str(error)[:300]}"
+            raise SdbuildError(Issue(what=what, hint="a survey returns a mapping of texts to numbers, texts and lists of them")) from error
 
 
 class Models:
@@ -53,7 +62,11 @@ class Models:
         jobs: int,
     ) -> None:
         operations = checked.operations[step.name]
-        self.names = tuple(name for name in sorted(operations) if operations[name].copied is None and operations[name].area == operations[name].shape)
+        self.names = tuple(
+            name
+            for name, operation in sorted(operations.items())
+            if operation.copied is None and operation.area == operation.shape and 0 not in operation.shape
+        )
         self.architecture = plan.architecture.name
         self.component_of = plan.architecture.component_of
         self.count = len(step.inputs)
@@ -98,8 +111,11 @@ class Models:
             with torch.inference_mode():
                 return function(name)
 
-        with ThreadPoolExecutor(self._jobs) as pool:
+        pool = ThreadPoolExecutor(self._jobs)
+        try:
             return list(pool.map(quietly, names))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _program(self, name: str) -> Program:
         with self._lock:

@@ -50,7 +50,7 @@ def evaluate(
 
     def answers(phase: int, _: Any) -> tuple[Any, ...]:
         if phase == len(known):
-            size = chunk_size(method.cut, grain)
+            size = chunk_size(method.cut, shape)
             known.append(_measured(lambda at: start(at, min(size, numel - at)), range(0, numel, size), known))
         return known[phase]
 

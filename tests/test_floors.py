@@ -11,7 +11,7 @@ import sdmerge_build
 PACKAGE = Path(sdmerge_build.__file__).parent
 
 FLOORS = [
-    {"errors", "dtypes", "events"},
+    {"errors", "dtypes", "events", "rounding"},
     {"digest", "files", "tomltext"},
     {"formula", "matrix", "tensorfile", "architectures", "licences", "claims"},
     {"recipe", "writer", "weights"},
@@ -33,7 +33,7 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 HOMES = {
-    "torch": {"merge", "evaluate", "surveys", "methods", "formats"},
+    "torch": {"merge", "evaluate", "rounding", "surveys", "methods", "formats"},
     "networkx": {"plan"},
     "click": {"cli"},
     "rich": {"console", "cli"},

@@ -247,3 +247,95 @@ def test_a_method_that_fails_ends_the_build_and_not_in_a_wait(space: Space):
     assert "method `filters` fails on tensor `" in str(caught.value)
     assert "ZeroDivisionError: division by zero" in str(caught.value)
     assert list((space.path / "cache" / "partial").iterdir()) == []
+
+
+def digest_of(report, name: str) -> tuple[str, str]:
+    """Return an artifact's tensor key and the digest of its tensors."""
+    [wish] = [wish for wish in report.wishes if wish.step.name == name]
+    return wish.tensor_key, wish.stored.tensor_digest
+
+
+def test_a_sum_does_not_depend_on_what_else_is_made_in_the_pass(space: Space):
+    """
+    A step has the bytes of its key, alone or beside one whose method cuts the same tensor elsewhere.
+    """
+    for name in "AB":
+        space.checkpoint(name, {"v": checkpoints.numbers(name, "v", (700, 1000), torch.float64)})
+    head = RECIPE.split("[step.first]", maxsplit=1)[0].replace('dtype = "fp32"', 'dtype = "fp64"\ncompute = "fp64"').replace('methods = ["own.py"]\n', "")
+    one = '[step.X]\nmethod = "slerp"\na = "A"\nb = "B"\nalpha = 0.3\n'
+    other = '[step.Y]\nmethod = "nuslerp_rows"\na = "A"\nb = "B"\nalpha = 0.3\n[step.Z]\nmethod = "add_cosine_b"\na = "A"\nb = "B"\n'
+    space.write("recipe.toml", head + one)
+    alone = digest_of(space.build(), "X")
+    space.write("recipe.toml", head + one + other)
+    beside = digest_of(space.build(store=space.path / "other", out=space.path / "other-out"), "X")
+
+    assert alone == beside
+
+
+UNEVEN = """
+from sdmerge_build.methods import Ratio, method
+
+@method(version=1)
+def uneven(a, b, /, *, alpha: Ratio = 0.5):
+    \"\"\"Ask only where models differ.\"\"\"
+    from sdmerge_build.methods.measures import dot
+    if (a == b).all():
+        return a
+    size = yield dot(a - b, a - b)
+    return a + (b - a) * alpha * size
+
+@method(version=1)
+def careless(a, b, /):
+    \"\"\"Change a model that others read too.\"\"\"
+    return a.mul_(2).add_(b)
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("equal", [0, 1, 2])
+def test_a_method_that_asks_on_some_slices_only_is_refused(space: Space, jobs, equal):
+    """
+    One that returns early where a slice has nothing to do would get another slice's answers, or none: an error, whichever slice it is.
+    """
+    a, b = (checkpoints.numbers(name, "v", (3 * CHUNK,), torch.float32) for name in "AB")
+    b[equal * CHUNK : (equal + 1) * CHUNK] = a[equal * CHUNK : (equal + 1) * CHUNK]
+    space.checkpoint("A", {"v": a})
+    space.checkpoint("B", {"v": b})
+    space.write("own.py", UNEVEN)
+    space.write("recipe.toml", RECIPE.split("[step.first]", maxsplit=1)[0] + '[step.X]\nmethod = "uneven"\na = "A"\nb = "B"\n')
+    with pytest.raises(SdbuildError, match="returns without asking on others"):
+        space.build(jobs=jobs)
+
+
+def test_a_method_that_changes_its_models_changes_nobody_elses(space: Space):
+    """
+    What a careless method does to the tensors it is given, other steps over the same sources do not see.
+    """
+    lay_down(space)
+    space.write("own.py", UNEVEN)
+    head = RECIPE.split("[step.first]", maxsplit=1)[0]
+    plain = '[step.X]\nmethod = "weighted_sum"\na = "A"\nb = "B"\nalpha = 0.3\n'
+    space.write("recipe.toml", head + plain)
+    alone = digest_of(space.build(), "X")
+    space.write("recipe.toml", head + '[step.A1]\nmethod = "careless"\na = "A"\nb = "B"\n' + plain)
+
+    assert digest_of(space.build(store=space.path / "other", out=space.path / "other-out"), "X") == alone
+
+
+def test_empty_tensors_are_nothing_to_ask_about(space: Space):
+    """
+    A tensor without elements goes through measured, surveyed and uncut methods, and hangs none.
+    """
+    for name in "AB":
+        space.checkpoint(name, {"e": torch.zeros(0, 5), "v": checkpoints.numbers(name, "v", (6, 5), torch.float32)})
+    head = RECIPE.split("[step.first]", maxsplit=1)[0].replace('methods = ["own.py"]\n', "")
+    steps = [
+        f'[step.X{n}]\nmethod = "{name}"\na = "A"\nb = "B"\n{more}\n'
+        for n, (name, more) in enumerate(
+            [("slerp", ""), ("cosine_a", "alpha = 0.1"), ("add_cosine_b", ""), ("nuslerp_rows", ""), ("top_k_tensor_sum", "")]
+        )
+    ]
+    space.write("recipe.toml", head + "".join(steps))
+    space.build()
+
+    assert [space.load(f"X{n}")["e"].shape for n in range(5)] == [(0, 5)] * 5

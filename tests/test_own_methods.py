@@ -106,6 +106,7 @@ def test_locked_runs_only_files_that_are_pinned(own: Space):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("import sys; sys.exit(0)\n", "`mine.py` cannot be run: SystemExit"),
         ("def f(:\n", "`mine.py` cannot be run: SyntaxError:1:"),
         ("\n\n1 / 0\n", "`mine.py` cannot be run: ZeroDivisionError:3: division by zero"),
         ("x = 1\n", "`mine.py` defines no method"),

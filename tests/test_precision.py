@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sdmerge_build.contribution import contributors
 from sdmerge_build.errors import RecipeError, SdbuildError
-from sdmerge_build.evaluate import rounded
 from sdmerge_build.plan import plan_file
+from sdmerge_build.rounding import rounded
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TIME = "model.diffusion_model.input_blocks.11.0.in_layers.2.weight"
@@ -258,3 +258,19 @@ def test_who_gives_the_channels_contributes(space: Space, mismatch, expected):
     plan = plan_file(space.write("recipe.toml", CHANNELS.format(step=step, mismatch=mismatch)))
 
     assert contributors(plan, plan.steps["mix"]) == expected
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("fp32", 3.4028234663852886e38), ("fp64", math.inf), ("fp16", 65504.0)])
+@pytest.mark.parametrize("step", ['method = "copy"\na = "A"', 'method = "weighted_sum"\na = "A"\nb = "B"\nalpha = 0.5\ncompute = "native"'])
+def test_saturation_of_a_dtype_that_becomes_wider_takes_the_wider_one_s_largest(space: Space, dtype, largest, step):
+    """
+    Infinite numbers of fp16 parents become the largest number of what they are written as.
+    """
+    for name in "AB":
+        space.checkpoint(name, {"w": torch.tensor([math.inf, -math.inf, 1.0, 2.0], dtype=torch.float16)})
+    head = TABLE.format(dtype='"fp16"').replace('"sd1"', '"generic"').split("[step.mix]")[0]
+    space.write("recipe.toml", f'{head}[step.mix]\n{step}\ndtype = "{dtype}"\nnonfinite = "saturate"\n')
+    space.build()
+    largest = torch.finfo(torch.float64).max if math.isinf(largest) else largest
+
+    assert space.load("mix")["w"].to(torch.float64).tolist() == [largest, -largest, 1.0, 2.0]

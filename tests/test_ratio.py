@@ -244,7 +244,11 @@ BLOCKS = "did you mean `blocks`?"
         ({"base": 0.5, "blocks": {"IN12": 0.5}}, "names block `IN12`, which Stable Diffusion 1.x does not have", "did you mean `IN11`?"),
         ({"base": 0.5, "blocks": {"in04": 0.5}}, "names block `in04`, which Stable Diffusion 1.x does not have", "did you mean `IN04`?"),
         ({"base": 0.5, "blocks": {"IN4": 0.5}}, "names block `IN4`, which Stable Diffusion 1.x does not have", "did you mean `IN04`?"),
-        ({"base": 0.5, "blocks": {"IN04-IN12": 0.5}}, "names block `IN04-IN12`, which Stable Diffusion 1.x does not have", "the last of them is `IN11`"),
+        (
+            {"base": 0.5, "blocks": {"IN04-IN12": 0.5}},
+            "names block `IN04-IN12`, which Stable Diffusion 1.x does not have",
+            "the last of them is `IN11`",
+        ),
         (
             {"base": 0.5, "blocks": {"ZZ*": 0.5}},
             "names block `ZZ*`, which Stable Diffusion 1.x does not have",

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import Space, digests
 
+from sdmerge_build.errors import SdbuildError
+
 RECIPE = """
 recipe = 1
 architecture = "sd1"
@@ -125,7 +127,7 @@ def _floats(space: Space, name: str) -> dict[str, torch.Tensor]:
 
 
 def _kept(space: Space) -> list[dict[str, float]]:
-    return [json.loads(path.read_text()) for path in (space.path / "cache" / "findings").iterdir()]
+    return [json.loads(path.read_text())["findings"] for path in (space.path / "cache" / "findings").iterdir()]
 
 
 def _normal(x: np.ndarray) -> np.ndarray:
@@ -141,3 +143,81 @@ def _columns(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _whole(x: np.ndarray, y: np.ndarray) -> float:
     return float((x * y).sum() / (np.linalg.norm(x) * np.linalg.norm(y)))
+
+
+def test_steps_of_one_key_have_one_survey_whatever_their_names(surveyed: Space):
+    """
+    Two steps that say the same are made once; surveys of what stands on either find it, in any order of use.
+    """
+    head = RECIPE.split("[step.alike]", maxsplit=1)[0]
+    twins = "".join(f'[step.{name}]\nmethod = "cosine_a"\na = "A"\nb = "B"\nalpha = 0.3\n' for name in "XY")
+    more = '[step.Z]\nmethod = "cosine_a"\na = "Y"\nb = "B"\nalpha = 0.3\n'
+    made = set()
+    for n, (a, b) in enumerate([("Z", "X"), ("X", "Z")]):
+        surveyed.write("recipe.toml", f'{head}{twins}{more}[step.W]\nmethod = "add"\na = "{a}"\nb = "{b}"\nalpha = 1.0\ncompute = "fp64"\n')
+        [wish] = surveyed.build(store=surveyed.path / f"store{n}", out=surveyed.path / f"out{n}").wishes
+        made.add(wish.stored.tensor_digest)
+
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("text", ['{"findings": {"low": 0.1, "high": 0.9}, "digest": "0"}', '{"low": 0.1, "high": 0.9}', "[]", "", '{"findings": 5}'])
+def test_findings_that_are_not_as_they_were_written_are_found_again(surveyed: Space, text: str):
+    """
+    A findings file that somebody or something changed is not believed.
+    """
+    first = surveyed.build()
+    for path in (surveyed.path / "cache" / "findings").iterdir():
+        path.write_text(text, encoding="utf-8")
+    (surveyed.path / "cache" / "artifacts").rename(surveyed.path / "gone")
+
+    assert digests(surveyed.build()) == digests(first)
+
+
+OWN = """
+from sdmerge_build.methods import Findings, Ratio, Survey, method
+
+def look(models, /, alpha=None):
+    {look}
+
+@method(version=1, survey=Survey(name="mine", version=1, function=look, parameters=({parameters})))
+def mine(a, b, /, *, alpha: Ratio = 0.5, findings: Findings):
+    \"\"\"Scale by what the survey found.\"\"\"
+    return a + b * (alpha * findings["1"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("look", "parameters", "message"),
+    [
+        ("return 5", "", "the survey of method `mine` fails: TypeError"),
+        ("return {'a': models.tensor(0, models.names[0])}", "", "the survey of method `mine` fails: TypeError"),
+        ("return 1 / 0", "", "the survey of method `mine` fails: ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "", "the survey of method `mine` fails: SystemExit"),
+        ("return {}", '"alfa",', "its survey asks for `alfa`, which `mine` does not have"),
+    ],
+)
+def test_a_survey_of_ones_own_that_fails_says_so(surveyed: Space, look: str, parameters: str, message: str):
+    """
+    No traceback for a survey that returns what cannot be kept, raises, or asks for what is not there.
+    """
+    surveyed.write("mine.py", OWN.format(look=look, parameters=parameters))
+    head = RECIPE.split("[step.alike]", maxsplit=1)[0].replace('"sd1"', '"sd1"\nmethods = ["mine.py"]')
+    surveyed.write("recipe.toml", head + '[step.X]\nmethod = "mine"\na = "A"\nb = "B"\n')
+    with pytest.raises(SdbuildError) as caught:
+        surveyed.build()
+
+    assert message in str(caught.value)
+
+
+def test_findings_are_the_same_when_they_are_read_back(surveyed: Space):
+    """
+    Numbers as keys become text, as in the file: the first run sees what later runs will.
+    """
+    surveyed.write("mine.py", OWN.format(look="return {1: 0.25}", parameters=""))
+    head = RECIPE.split("[step.alike]", maxsplit=1)[0].replace('"sd1"', '"sd1"\nmethods = ["mine.py"]')
+    surveyed.write("recipe.toml", head + '[step.X]\nmethod = "mine"\na = "A"\nb = "B"\n')
+    first = surveyed.build()
+    again = surveyed.build(store=surveyed.path / "cache", out=surveyed.path / "again")
+
+    assert digests(first) == digests(again)

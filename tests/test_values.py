@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdmerge_build.errors import SdbuildError
-from sdmerge_build.evaluate import rounded
+from sdmerge_build.rounding import rounded
 
 GENERIC = """
 recipe = 1

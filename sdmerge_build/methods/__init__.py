@@ -201,6 +201,9 @@ def method(
 
     def register(function: Function) -> Function:
         signature = inspect.signature(function).parameters.values()
+        if unknown := [name for name in (survey.parameters if survey else ()) if name not in {p.name for p in signature}]:
+            message = f"its survey asks for `{unknown[0]}`, which `{function.__name__}` does not have"
+            raise ValueError(message)
         keywords = {p.name: _named(p.annotation) for p in signature if p.kind is p.KEYWORD_ONLY}
         _collected.get()[function.__name__] = Method(
             name=function.__name__,

@@ -102,10 +102,11 @@ def row_sums(x: Tensor) -> Tensor:
     return _folded(x.to(torch.float64).t()).clone()
 
 
-def chunk_size(cut: str, grain: int) -> int:
-    """Return how many elements of a tensor are measured at once: whole grains."""
+def chunk_size(cut: str, shape: Sequence[int]) -> int:
+    """Return how many elements of a tensor are measured at once: whole rows or filters, whatever else is done with the tensor."""
     wanted = _WIDE_CHUNK if cut == "filters" else CHUNK
-    return max(grain, wanted // grain * grain)
+    grain = {"rows": shape[-1], "filters": math.prod(shape[1:])}.get(cut, 1) if shape else 1
+    return max(grain, wanted // max(1, grain) * grain)
 
 
 def seen(flat: Tensor, cut: str, shape: Sequence[int]) -> Tensor:

@@ -63,7 +63,7 @@ def _run(content: bytes, name: str, digest: str) -> dict[str, Method]:
         try:
             code = compile(content, name, "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
             exec(code, {"__name__": f"sdbuild_methods_{digest[:12]}", "__file__": name})  # noqa: S102  the recipe asks for it
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             line = next((f":{frame.lineno}" for frame in reversed(_frames(error)) if frame.filename == name), "")
             hint = "write `@method(version=1)`, with its parentheses" if "method() takes 0 positional" in str(error) else ""
             raise OwnError(f"cannot be run: {type(error).__name__}{line}: {error}", hint) from error
@@ -74,7 +74,7 @@ def _run(content: bytes, name: str, digest: str) -> dict[str, Method]:
     return {name: replace(made, origin=f"blake3 {digest}") for name, made in found.items()}
 
 
-def _frames(error: Exception) -> list[traceback.FrameSummary]:
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return [traceback.FrameSummary(error.filename, error.lineno, "", lookup_line=False)]
     return list(traceback.extract_tb(error.__traceback__))

@@ -56,8 +56,8 @@ def read_elemental(text: Any, architecture: Architecture, owners: Mapping[str, s
     if not isinstance(text, str):
         raise RatioError("has an `elemental` that is not text", 'write `elemental = "IN00-IN05:attn1:0.3, M00::0.5"`')
     entries = [entry.strip() for entry in re.split(r"[,\n]", text)]
-    if len(entries) > MAX_ENTRIES:
-        raise RatioError(f"has more than {MAX_ENTRIES} entries in `elemental`")
+    if len(entries) > MAX_ENTRIES or len(text.split()) > 4 * MAX_ENTRIES:
+        raise RatioError(f"has more than {MAX_ENTRIES} entries, or {4 * MAX_ENTRIES} words, in `elemental`")
     return [_entry(entry, architecture, owners, numbers) for entry in entries if entry]
 
 

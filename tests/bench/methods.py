@@ -99,6 +99,7 @@ class Bench:
     def __init__(self, folder: Path, size: str, *, levelled: bool) -> None:
         self.folder = folder
         self.size = size
+        self.failures: list[str] = []
         self.levelled = levelled
         self.results: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
         for name in FILES:
@@ -131,13 +132,13 @@ class Bench:
             made.replace(self.folder / "ours")
         self.clear()
 
-    def peer(self, tool: str, python: Path, script: str, job: object, *, checked: bool) -> Program:
+    def peer(self, method: str, tool: str, python: Path, script: str, job: object) -> Program:
         """Describe a run of a peer; its result is compared with ours."""
         quietly = ["sh", "-c", 'exec "$@" 2>errors.log', "sh"]  # progress bars
         command = [*quietly, str(python.absolute()), str(HERE / script), str(self.folder), json.dumps({"theirs": job})]
-        return Program(tool, command, self.clear, partial(self.check, tool, checked=checked))
+        return Program(tool, command, self.clear, partial(self.check, method, tool, checked=method not in NOT_CHECKED))
 
-    def check(self, tool: str, *, checked: bool) -> None:
+    def check(self, method: str, tool: str, *, checked: bool) -> None:
         """Compare a peer's result with ours, in a process of its own: this one stays small, as its children begin with its memory."""
         error = self.folder / "theirs.error"
         if error.exists():
@@ -145,7 +146,9 @@ class Bench:
             print(f"{tool}: {error.read_text()}", file=sys.stderr)
         elif checked:
             files = [self.folder / name for name in ("ours", "theirs")]
-            subprocess.run([sys.executable, HERE / "peer_check.py", tool, *files, *self.folder.glob("?.safetensors")], check=True)
+            checking = [sys.executable, HERE / "peer_check.py", tool, *files, *self.folder.glob("?.safetensors")]
+            if subprocess.run(checking, check=False).returncode:
+                self.failures.append(f"{method} by {tool}")
         self.clear()
 
     def run(self, method: str, programs: list[Program], rounds: int) -> None:
@@ -205,11 +208,12 @@ def main() -> None:
                 programs = [bench.sdbuild(known[name], keep=bool(peers))]
                 for tool, python, script, job in peers:
                     wanted = [job, "float32"] if tool == "sd-mecha" else job
-                    programs.append(bench.peer(tool, python, script, wanted, checked=name not in NOT_CHECKED))
+                    programs.append(bench.peer(name, tool, python, script, wanted))
                 bench.run(name, programs, options.rounds if is_shared[name] else 1)
         bench.clear()
     print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, sd1, {options.size}\n")
     print("\n".join(table(bench.results)))
+    assert not bench.failures, f"these results are not ours: {', '.join(bench.failures)}"
 
 
 if __name__ == "__main__":
