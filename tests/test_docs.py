@@ -163,6 +163,18 @@ def test_the_benchmark_runs(space: Space):
     assert run.stdout.count("| sdbuild, ") == 5
 
 
+def test_the_benchmark_of_methods_runs(space: Space):
+    """
+    Its one command measures every program and checks what they made, tried here on tiny files and without the other tools.
+    """
+    assert "`python tests/bench/methods.py`" in README
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "methods.py"), "--size", "tiny", "--as-found", "--rounds", "1", "--methods", "ties"]
+    run = subprocess.run([*command, "--folder", str(space.path)], cwd=space.path, capture_output=True, text=True, check=False)
+
+    assert run.returncode == 0, run.stderr
+    assert "ties" in run.stdout
+
+
 def test_methods_lists_and_describes(space: Space):
     """`sdbuild methods` prints every method, and one method's fields on request."""
     listed = space.sdbuild("methods").stdout

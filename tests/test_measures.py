@@ -261,7 +261,11 @@ def test_a_sum_does_not_depend_on_what_else_is_made_in_the_pass(space: Space):
     """
     for name in "AB":
         space.checkpoint(name, {"v": checkpoints.numbers(name, "v", (700, 1000), torch.float64)})
-    head = RECIPE.split("[step.first]", maxsplit=1)[0].replace('dtype = "fp32"', 'dtype = "fp64"\ncompute = "fp64"').replace('methods = ["own.py"]\n', "")
+    head = (
+        RECIPE.split("[step.first]", maxsplit=1)[0]
+        .replace('dtype = "fp32"', 'dtype = "fp64"\ncompute = "fp64"')
+        .replace('methods = ["own.py"]\n', "")
+    )
     one = '[step.X]\nmethod = "slerp"\na = "A"\nb = "B"\nalpha = 0.3\n'
     other = '[step.Y]\nmethod = "nuslerp_rows"\na = "A"\nb = "B"\nalpha = 0.3\n[step.Z]\nmethod = "add_cosine_b"\na = "A"\nb = "B"\n'
     space.write("recipe.toml", head + one)

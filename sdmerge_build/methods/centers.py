@@ -126,6 +126,8 @@ def _weiszfeld(gram: Sequence[Sequence[float]], eps: float, iterations: int) -> 
     """Return each point's share in the geometric median of points; the first is the origin, `gram` is of the others."""
     count = len(gram) + 1
     shares = [1 / count] * count
+    if not all(math.isfinite(product) for row in gram for product in row):
+        return shares  # whatever comes of it will not be finite either, and is complained of by name
     distances = _distances(gram, shares)
     for _ in range(iterations):
         attractions = [1 / max(distance, eps, 1e-300) for distance in distances]

@@ -39,7 +39,7 @@ def truncate_rank(base: Tensor, a: Tensor, /, *, rank: Positive, scale: Ratio = 
     if kept == full and scale == 1:
         return a
     delta = (a - base).to(torch.float64).reshape(rows, -1)
-    if kept < full:
+    if kept < full and torch.isfinite(delta).all():  # LAPACK refuses what is not, and the engine complains of it by name
         delta = _truncated(delta, kept) if rows <= delta.shape[1] else _truncated(delta.t(), kept).t()
     return base + delta.mul_(scale).to(base.dtype).view(base.shape)
 

@@ -19,6 +19,8 @@ def rotated(a: Tensor, b: Tensor, alignment: float, alpha: float, centralization
     """Turn the rows of a matrix, a linear weight or filters towards those of another."""
     if torch.equal(a, b) or not a.numel():
         return a
+    if not torch.isfinite(a + b).all():
+        return a + b  # is not finite either, and is complained of by name; LAPACK would refuse it
     is_filters = a.dim() == 4 and a.shape[2] * a.shape[3] != 1
     shape = (-1, math.prod(a.shape[2:])) if is_filters else (a.shape[0], -1)
     rows, others = a.reshape(shape).double(), b.reshape(shape).double()

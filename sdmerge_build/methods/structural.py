@@ -54,7 +54,8 @@ def tensor_sum(
     if low >= high or not place.numel:
         return under
     inner = math.prod(place.shape[along + 1 :])
-    return _pasted(under.clone(), over, place.start, n * inner, low * inner, high * inner)
+    wide = (a[:0] + b[:0]).dtype  # of models of two dtypes, as they are computed with in `native`
+    return _pasted(under.to(wide, copy=True), over, place.start, n * inner, low * inner, high * inner)
 
 
 def _canonical(width: float, offset: float) -> tuple[float, float]:

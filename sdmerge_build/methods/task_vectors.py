@@ -68,7 +68,7 @@ def ties(
     Elsewhere: mergekit `ties`, whose `lambda` is `scale`: elects + where the sum is 0, divides by the sum of signed weights, which turns
         a negative weight around, chooses arbitrarily among equal magnitudes, and aborts on a scalar with a density below 1.
         sd-meh `ties_add_difference` and sd-mecha `ties_sum`, `add_difference_ties`: `vote = "count"`, no weights, `scale` for their alpha, and
-        a density of `k`, of which they keep one element more; with `vote_sgn`, `vote = "magnitude"`. model-mixer "TIES" elects no signs.
+        a density of `k`, of which they keep one element more, or two; with `vote_sgn`, `vote = "magnitude"`. model-mixer "TIES" elects no signs.
     """
     found = differences(base, models, weights, density)
     if not found or scale == 0 or not place.numel:

@@ -47,6 +47,7 @@ CHOSEN = {  # where defaults would do nothing, or less than usual, or not what t
     "add_noise": {"amount": 0.001},
     "model_stock_rows": {"pairs": "consecutive"},
     "ram": {"r": 0.1},
+    "ties": {"density": 0.5},  # below a third, mergekit gives up at the VAE's last bias, of three elements
     "truncate_rank": {"rank": 16},
 }
 
@@ -61,7 +62,7 @@ SD_MECHA = {
     "weighted_sum": "sd_mecha.weighted_sum(A, B, alpha=0.3)",
     "add_difference": "sd_mecha.add_difference(A, B, O, alpha=0.3)",
     "slerp": "sd_mecha.slerp(A, B, alpha=0.3)",
-    "ties": "O + sd_mecha.ties_sum(A - O, B - O, k=0.3, vote_sgn=True)",
+    "ties": "O + sd_mecha.ties_sum(A - O, B - O, k=0.5, vote_sgn=True)",
     "dare": "sd_mecha.add_ties_with_dare(O, A, B, probability=0.7, k=1.0, seed=0)",
     "model_stock_rows": "sd_mecha.n_model_stock(O, A, B)",
 }
@@ -69,7 +70,7 @@ MERGEKIT = {
     "weighted_sum": tuned("linear", (0.7, 0.3), base=""),
     "add_difference": tuned("task_arithmetic", (1.0, 0.3), density=1.0),
     "slerp_vectors": tuned("slerp", (0.7, 0.3), base="A") | {"parameters": {"t": 0.3}},
-    "ties": tuned("ties", (1.0, 1.0), density=0.3),
+    "ties": tuned("ties", (1.0, 1.0), density=0.5),
     "dare": tuned("dare_linear", (1.0, 1.0), density=0.3),
     "model_stock": tuned("model_stock", (1.0, 1.0)),
 }
@@ -142,8 +143,9 @@ class Bench:
         """Compare a peer's result with ours, in a process of its own: this one stays small, as its children begin with its memory."""
         error = self.folder / "theirs.error"
         if error.exists():
-            assert self.size == "tiny", error.read_text()  # mergekit fails on tensors of one element
-            print(f"{tool}: {error.read_text()}", file=sys.stderr)
+            print(f"{tool}: {error.read_text()}", file=sys.stderr)  # mergekit fails on tensors of one element, as tiny files have
+            if self.size != "tiny":
+                self.failures.append(f"{method} by {tool}, which failed")
         elif checked:
             files = [self.folder / name for name in ("ours", "theirs")]
             checking = [sys.executable, HERE / "peer_check.py", tool, *files, *self.folder.glob("?.safetensors")]
