@@ -204,7 +204,7 @@ ALL = "an empty part stands for all: `M00::0.5`, `:norm:1`"
         (":ff:half", "has 'half' as the ratio of `:ff:half`, which is not a number", ""),
         (":ff:nan", "has nan as the ratio of `:ff:nan`, which is not a finite number", ""),
         (["IN00::1"], "has an `elemental` that is not text", 'write `elemental = "IN00-IN05:attn1:0.3, M00::0.5"`'),
-        (",".join(["::1"] * 1001), "has more than 1000 entries in `elemental`", ""),
+        (",".join(["::1"] * 1001), "has more than 1000 entries, or 4000 words, in `elemental`", ""),
     ],
 )
 def test_what_supermerger_passes_over_is_an_error(text: Any, message: str, hint: str):

@@ -88,7 +88,7 @@ def test_a_word_that_no_tensor_has_is_refused(space: Space):
     run = space.sdbuild("recipe.toml", "--dry-run")
 
     assert run.returncode == 2
-    assert "has `*atn*` in `alpha`, which matches no tensor" in run.stderr
+    assert "has in `alpha` an elemental entry for `atn`, which matches no tensor" in run.stderr
 
 
 @pytest.mark.parametrize(
