@@ -159,6 +159,8 @@ class Bench:
             for program in [*programs[:1], *programs[1 + n % 2 :], *programs[1 : 1 + n % 2]]:
                 print(f"{method}: {program.name}", file=sys.stderr, flush=True)
                 self.results[method, program.name].append(measure(program, self.folder, levelled=self.levelled))
+                seconds, memory = self.results[method, program.name][-1]
+                print(f"  {seconds:.1f} s, {memory / 1e9:.2f} GB", file=sys.stderr, flush=True)  # a run that is cut short leaves what it measured
         (self.folder / "ours").unlink(missing_ok=True)
 
 
