@@ -264,7 +264,7 @@ class _StepChecker:
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, Ratio):
                     for said in item.idle(names, self._plan.architecture):
-                        self._complain(f"has in `{key}` an {said}, which matches no tensor".replace(" an rule", " a rule"))
+                        self._complain(f"has in `{key}` {said}, which matches no tensor")
                 elif isinstance(item, str) and isinstance(value, tuple) and item not in components and not any(fnmatchcase(n, item) for n in names):
                     self._complain(f"has `{item}` in `{key}`, which matches no tensor")
 

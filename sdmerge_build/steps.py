@@ -190,8 +190,8 @@ class StepReader:
             inputs += self._inputs(name, role, said, several=role == "models" and method.is_open) if said is not None else ()
         count = len(said) if method.is_open and isinstance(said, list) else None
         params = {p.name: self._param(name, p, given.pop(p.name, p.default), count) for p in method.parameters.values()}
-        if method.is_open and (twice := [model for model in inputs[: len(method.models)] if model in inputs[len(method.models) :]]):
-            what = f"step `{name}` names `{twice[0]}` as `{method.models[0]}` and among `models`"
+        if method.is_open and method.models == ("base",) and inputs[:1] and inputs[0] in inputs[1:]:
+            what = f"step `{name}` names `{inputs[0]}` as `base` and among `models`"
             self._complain(name, "models", what=what, hint="leave it out of `models`; mergekit does so by itself")
         for field in given:
             fields = [*method.roles, *method.parameters]

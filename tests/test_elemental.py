@@ -248,5 +248,5 @@ def test_words_that_no_tensor_of_their_blocks_has_are_idle():
     ratio = read_ratio(said, SD1)
     tensors = [name for name in SD1.layout() if "input_blocks" in name or "output_blocks" in name]
 
-    assert list(ratio.idle(tensors, SD1)) == ["elemental entry for `x`", "rule `*nothing*`"]
-    assert list(read_ratio({"base": 0.5, "elemental": "IN00:attn1:0.9"}, SD1).idle(tensors, SD1)) == ["elemental entry for `attn1`"]
+    assert list(ratio.idle(tensors, SD1)) == ["an elemental entry for `x`", "a rule `*nothing*`"]
+    assert list(read_ratio({"base": 0.5, "elemental": "IN00:attn1:0.9"}, SD1).idle(tensors, SD1)) == ["an elemental entry for `attn1`"]

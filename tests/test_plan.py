@@ -427,3 +427,12 @@ def test_words_of_other_tools_lead_to_ours(space: Space, step: str, what: str, h
 
     assert what in str(caught.value)
     assert hint in str(caught.value)
+
+
+def test_a_model_may_bound_itself(space: Space):
+    """
+    Only a base is not a model among others: `clamp` keeps a model between itself and another.
+    """
+    made = plan(space, '[step.mix]\nmethod = "clamp"\na = "A"\nmodels = ["A", "B"]\n')
+
+    assert made.steps["mix"].inputs == ("A", "A", "B")

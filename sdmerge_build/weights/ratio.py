@@ -74,8 +74,8 @@ class Ratio:
         for word in said:
             held = set().union(*(group.places for group in self.elemental for element in group.elements if word in element.words))
             if not any(word in tensor for tensor, place in places.items() if place in held):
-                yield f"elemental entry for `{word}`"
-        yield from (f"rule `{pattern}`" for pattern, _ in self.rules if not any(fnmatchcase(tensor, pattern) for tensor in tensors))
+                yield f"an elemental entry for `{word}`"
+        yield from (f"a rule `{pattern}`" for pattern, _ in self.rules if not any(fnmatchcase(tensor, pattern) for tensor in tensors))
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Yield what decides the values, as `(suffix, value)`; equal ratios yield equal facts, however they were written."""
