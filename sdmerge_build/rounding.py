@@ -25,6 +25,7 @@ TORCH = {
 EIGHT_BITS = {torch.float8_e4m3fn, torch.float8_e5m2}
 LARGEST = {name: torch.finfo(dtype).max for name, dtype in TORCH.items()}
 _BEYOND_E4M3 = 464.0  # half a step above the largest number; the tie goes to it, which is even
+_BEYOND_F32 = (1 << 29) - 1  # the bits of a float64 that float32 has no room for
 _NARROW = {torch.float16, torch.bfloat16, *EIGHT_BITS}
 
 
@@ -34,13 +35,17 @@ def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     torch goes from float64 to 16 and 8 bits by way of float32, which rounds twice; here that middle step rounds to odd, which is harmless
     (Boldo and Melquiond, "When double rounding is odd", 2004).
     """
-    if value.dtype is torch.float64 and dtype in _NARROW:
+    if value.dtype is torch.float64 and dtype is torch.bfloat16:  # whose smallest numbers are float32's, which have fewer bits
         near = value.to(torch.float32)
         bits = near.view(torch.int32)
         inexact = near.to(torch.float64) != value
         outwards = near.to(torch.float64).abs() > value.abs()
-        bits = torch.where(inexact, torch.where(outwards, bits - 1, bits) | 1, bits)
-        value = bits.view(torch.float32)
+        value = torch.where(inexact, torch.where(outwards, bits - 1, bits) | 1, bits).view(torch.float32)
+    elif value.dtype is torch.float64 and dtype in _NARROW:
+        bits = value.contiguous().view(torch.int64)
+        odd = bits & _BEYOND_F32
+        odd.add_(_BEYOND_F32).bitwise_or_(bits).bitwise_and_(~_BEYOND_F32)  # a carry wherever a bit was lost
+        value = odd.view(torch.float64).to(torch.float32)
     if dtype is torch.float8_e4m3fn and value.dtype is not dtype:  # it has no infinity, and torch makes 448 of whatever is too large
         value = torch.where(value.to(torch.float32).abs() > _BEYOND_E4M3, math.nan, value)
     return value.to(dtype)

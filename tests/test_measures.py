@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sdmerge_build import passes, programs
 from sdmerge_build.errors import SdbuildError
 from sdmerge_build.methods import collecting, method
-from sdmerge_build.methods.measures import CHUNK, answer_alone, columns, count, dot, kth, least, most, row_sums, total
+from sdmerge_build.methods.measures import CHUNK, answer_alone, columns, count, dot, gram, kth, least, most, row_sums, total
 
 NUMBERS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6), min_size=1, max_size=300)
 
@@ -41,6 +41,22 @@ def test_a_sum_is_the_exact_sum_of_its_terms_rounded(numbers):
 
     assert plain == pytest.approx(float(exact), rel=0, abs=1e-14 * scale)
     assert product == pytest.approx(float(squares), rel=1e-14)
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 1000, CHUNK - 1, CHUNK])
+def test_a_gram_matrix_holds_the_dot_products_of_each_two(count):
+    """
+    All at once they are to the last bit what each would be alone, and nothing that was asked about is changed.
+    """
+    vectors = [checkpoints.numbers(letter, "w", (count,), torch.float64) for letter in "ABC"]
+    before = [vector.clone() for vector in vectors]
+
+    [found] = answers(gram(*vectors))
+
+    assert found == tuple(tuple(answers(dot(x, y))[0] for y in vectors) for x in vectors)
+    assert all(torch.equal(x, y) for x, y in zip(vectors, before, strict=True))
+    assert answers(total(vectors[0]))[0] == pytest.approx(math.fsum(vectors[0].tolist()), rel=1e-12)
+    assert torch.equal(vectors[0], before[0])
 
 
 @settings(max_examples=60, deadline=None)

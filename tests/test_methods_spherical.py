@@ -28,7 +28,11 @@ def models(shape, count=2, spread=1.0, seed=0):
     return [torch.tensor(base + spread * random.normal(size=shape), dtype=torch.float32) for _ in range(count)]
 
 
+IN_THE_STEPS_DTYPE = ("slerp", "slerp_vectors", "nuslerp")  # which are given float64 here, as by `compute = "fp64"`
+
+
 def apply(name, given_models, slice_size=0, **params):
+    given_models = [model.double() for model in given_models] if name in IN_THE_STEPS_DTYPE else given_models
     return evaluate(METHODS[name], given_models, params, name=NAME, slice_size=slice_size)
 
 
@@ -89,6 +93,19 @@ def test_arcs_are_the_textbooks(name, shape, spread):
 
     for alpha in (0.25, 0.5, 0.9, -0.3, 1.7):
         assert close(apply(name, [a, b], alpha=alpha), expected_of(name, a, b, alpha), 1e-10)
+
+
+@pytest.mark.parametrize("name", IN_THE_STEPS_DTYPE)
+@pytest.mark.parametrize("alpha", [0.25, -0.3, 1.7])
+def test_arcs_in_float32_are_rounded_there(name, alpha):
+    """
+    In float32 each product and the sum is rounded, as in `weighted_sum`; shares come from float64.
+    """
+    a, b = models((12, 9))
+    found = evaluate(METHODS[name], [a, b], {"alpha": alpha}, name=NAME)
+
+    assert found.dtype is torch.float32
+    assert close(found, expected_of(name, a, b, alpha), 1e-6)
 
 
 @pytest.mark.parametrize("name", PAIRED)

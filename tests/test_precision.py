@@ -48,6 +48,20 @@ def test_eight_bits_are_rounded_once_to_nearest_even(target, source, value):
     assert rounded(x, target).to(torch.float64).item() == nearest_even(x.to(torch.float64).item(), mantissa, least)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.floats(-65519, 65519) | st.floats(-1e-4, 1e-4), st.integers(-2, 2))
+def test_float64_becomes_float16_by_one_rounding(value, ulps):
+    """
+    At ties between two float16 numbers, and a hair beside them, numbers that have no float16 exponent of their own included.
+    """
+    low = torch.tensor([value], dtype=torch.float64).to(torch.float16)
+    tie = ((low + torch.nextafter(low, low + 1)).to(torch.float64) if abs(value) < 1 else low.to(torch.float64) * 2) / 2
+    for _ in range(abs(ulps)):
+        tie = torch.nextafter(tie, torch.full_like(tie, math.copysign(math.inf, ulps)))
+
+    assert rounded(tie, torch.float16).to(torch.float64).item() == nearest_even(tie.item(), 10, -24)
+
+
 def test_float64_just_above_a_tie_of_eight_bits_is_rounded_up():
     """
     By way of float32 it would become the tie, and then go down to even.

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sdmerge_build.methods import elementary, scalars
-from sdmerge_build.methods.measures import columns, dot, row_sums
+from sdmerge_build.methods.measures import columns, gram, row_sums
 
 __all__ = ["FLAT", "middle", "on_arc", "on_column_arcs", "on_row_arcs", "on_sphere"]
 
@@ -36,8 +36,7 @@ Measured = Generator[Any, Any, Tensor]
 
 def on_sphere(a: Tensor, b: Tensor, alpha: float) -> Measured:
     """Make the vector whose direction is at `alpha` of the arc, and whose length is at `alpha` of the lengths."""
-    a, b = a.double(), b.double()
-    aa, ab, bb = yield dot(a, a), dot(a, b), dot(b, b)
+    (aa, ab), (_, bb) = yield gram(a, b)
     shares = _arc_shares(_cosine(aa, ab, bb), alpha)
     if shares is None:
         return _sum((a, b), (1 - alpha, alpha))
@@ -48,8 +47,8 @@ def on_sphere(a: Tensor, b: Tensor, alpha: float) -> Measured:
 
 def on_arc(a: Tensor, b: Tensor, alpha: float, base: Tensor | None = None, flattest: float = 1.0) -> Measured:
     """Add up two vectors by the shares of the point at `alpha` of the arc; mix them where the cosine's magnitude is above `flattest`."""
-    a, b = (a.double(), b.double()) if base is None else (a.double() - base, b.double() - base)
-    aa, ab, bb = yield dot(a, a), dot(a, b), dot(b, b)
+    a, b = (a, b) if base is None else (a.double() - base, b.double() - base)
+    (aa, ab), (_, bb) = yield gram(a, b)
     cos = _cosine(aa, ab, bb)
     shares = None if abs(cos) > flattest else _arc_shares(cos, alpha)
     return _sum((a, b), shares or (1 - alpha, alpha), base)
@@ -76,15 +75,12 @@ def middle(vectors: Sequence[Tensor], weights: Sequence[float], base: Tensor | N
     With steps it is then the direction from which the weighted squares of the angles add up to the least, which `most` steps may reach.
     """
     vectors = [vector.double() if base is None else vector.double() - base for vector in vectors]
-    found = yield tuple(dot(x, y) for n, x in enumerate(vectors) for y in vectors[n:])
-    remaining = iter(found)
-    upper = {(n, m): next(remaining) for n in range(len(vectors)) for m in range(n, len(vectors))}
-    gram = tuple(tuple(upper[min(n, m), max(n, m)] for m in range(len(vectors))) for n in range(len(vectors)))
-    return _sum(vectors, _middle_shares(gram, tuple(weights), most, tolerance) or weights, base)
+    products = yield gram(*vectors)
+    return _sum(vectors, _middle_shares(products, tuple(weights), most, tolerance) or weights, base)
 
 
 def _sum(vectors: Sequence[Tensor], shares: Sequence[float], base: Tensor | None = None) -> Tensor:
-    """Add up vectors, each times its share, in float64."""
+    """Add up vectors, each times its share."""
     total = vectors[0] * shares[0]
     for vector, share in zip(vectors[1:], shares[1:], strict=True):
         total += vector * share
@@ -130,16 +126,16 @@ def _acos_pi(cos: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _middle_shares(gram: Gram, weights: tuple[float, ...], most: int, tolerance: float) -> tuple[float, ...] | None:
+def _middle_shares(products: Gram, weights: tuple[float, ...], most: int, tolerance: float) -> tuple[float, ...] | None:
     """Return the shares of vectors in their middle; None where directions cancel out.
 
     The direction starts as that of the weighted sum of directions, and steps along the mean of the tangents to them, as long as their angles,
     until a step is shorter than the tolerance.
     """
-    cosines = _cosines(gram)
+    cosines = _cosines(products)
     square = _dot(weights, _times(cosines, weights))
     reach = FLAT * math.fsum(abs(w) for w, row in zip(weights, cosines, strict=True) if any(row))
-    if not (all(math.isfinite(x) for row in gram for x in row) and square > reach * reach):
+    if not (all(math.isfinite(x) for row in products for x in row) and square > reach * reach):
         return None
     at = _unit(cosines, weights)
     for _ in range(most):
@@ -149,15 +145,16 @@ def _middle_shares(gram: Gram, weights: tuple[float, ...], most: int, tolerance:
             break
         near, far = scalars.cos(length), scalars.sin(length) / length
         at = _unit(cosines, [near * x + far * y for x, y in zip(at, step, strict=True)])
-    lengths = [math.sqrt(gram[n][n]) for n in range(len(gram))]
+    lengths = [math.sqrt(products[n][n]) for n in range(len(products))]
     mean = _dot(weights, lengths)
     return tuple(share * (mean / length) if length else 0.0 for share, length in zip(at, lengths, strict=True))
 
 
-def _cosines(gram: Gram) -> Gram:
+def _cosines(products: Gram) -> Gram:
     """Return the dot products of directions; a vector without direction has 0."""
     return tuple(
-        tuple(0.0 if math.isnan(cos := _cosine(gram[n][n], gram[n][m], gram[m][m])) else cos for m in range(len(gram))) for n in range(len(gram))
+        tuple(0.0 if math.isnan(cos := _cosine(products[n][n], products[n][m], products[m][m])) else cos for m in range(len(products)))
+        for n in range(len(products))
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from sdmerge_build.methods import Positive, method
 from sdmerge_build.methods.consensus import Measured
 from sdmerge_build.methods.elementary import sqrt
-from sdmerge_build.methods.measures import dot, row_sums
+from sdmerge_build.methods.measures import gram, row_sums
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ else:
 __all__ = ["geometric_median", "model_stock", "model_stock_filters", "model_stock_rows"]
 
 
-@method(version=1)
+@method(version=2)
 def model_stock(base: Tensor, /, *models: Tensor) -> Measured:
     """Go from `base` towards the models' average, as far as they agree: `base + t * (average - base)`, `t = N * c / (1 + (N - 1) * c)`.
 
@@ -36,12 +36,11 @@ def model_stock(base: Tensor, /, *models: Tensor) -> Measured:
     """
     if len(models) < 2:
         return models[0]
-    wide = [(model - base).to(torch.float64) for model in models]
-    pairs = list(itertools.combinations_with_replacement(range(len(models)), 2))
-    gram = dict(zip(pairs, (yield tuple(dot(wide[i], wide[j]) for i, j in pairs)), strict=True))
-    cosines = [_cosine(product, gram[i, i] * gram[j, j]) for (i, j), product in gram.items() if i != j]
+    moved = [model - base for model in models]
+    products = yield gram(*moved)
+    cosines = [_cosine(products[i][j], products[i][i] * products[j][j]) for i, j in itertools.combinations(range(len(models)), 2)]
     t = _stock(max(0.0, math.fsum(cosines) / len(cosines)), len(models))
-    return base + _sum([model - base for model in models]).mul_(t / len(models)) if t else base
+    return base + _sum(moved).mul_(t / len(models)) if t else base
 
 
 @method(version=1, cut="filters")
@@ -70,7 +69,7 @@ def model_stock_rows(base: Tensor, /, *models: Tensor, pairs: Literal["all", "co
     return _by_row(base, models, [(n, n + 1) for n in range(count - 1)] if pairs == "consecutive" else list(itertools.combinations(range(count), 2)))
 
 
-@method(version=1)
+@method(version=2)
 def geometric_median(*models: Tensor, eps: Positive = 1e-6, iterations: int = 100) -> Measured:
     """Find the point with the smallest sum of distances to all models, which a stray one hardly moves: `min over x of the sum of |x - models[i]|`.
 
@@ -82,11 +81,9 @@ def geometric_median(*models: Tensor, eps: Positive = 1e-6, iterations: int = 10
     """
     if len(models) < 2:
         return models[0]
-    wide = [(model - models[0]).to(torch.float64) for model in models[1:]]
-    pairs = list(itertools.combinations_with_replacement(range(len(wide)), 2))
-    gram = dict(zip(pairs, (yield tuple(dot(wide[i], wide[j]) for i, j in pairs)), strict=True))
-    shares = _weiszfeld([[gram[min(i, j), max(i, j)] for j in range(len(wide))] for i in range(len(wide))], eps, iterations)
-    return models[0] + _sum([(model - models[0]).mul_(share) for model, share in zip(models[1:], shares[1:], strict=True)])
+    moved = [model - models[0] for model in models[1:]]
+    shares = _weiszfeld((yield gram(*moved)), eps, iterations)
+    return models[0] + _sum([offset.mul_(share) for offset, share in zip(moved, shares[1:], strict=True)])
 
 
 def _cosine(product: float, squares: float) -> float:
@@ -122,27 +119,27 @@ def _by_row(base: Tensor, models: Sequence[Tensor], pairs: Sequence[tuple[int, i
     return base + _sum([model - base for model in models]).mul_(t.unsqueeze(1))
 
 
-def _weiszfeld(gram: Sequence[Sequence[float]], eps: float, iterations: int) -> list[float]:
-    """Return each point's share in the geometric median of points; the first is the origin, `gram` is of the others."""
-    count = len(gram) + 1
+def _weiszfeld(products: Sequence[Sequence[float]], eps: float, iterations: int) -> list[float]:
+    """Return each point's share in the geometric median of points; the first is the origin, `products` is of the others."""
+    count = len(products) + 1
     shares = [1 / count] * count
-    if not all(math.isfinite(product) for row in gram for product in row):
+    if not all(math.isfinite(product) for row in products for product in row):
         return shares  # whatever comes of it will not be finite either, and is complained of by name
-    distances = _distances(gram, shares)
+    distances = _distances(products, shares)
     for _ in range(iterations):
         attractions = [1 / max(distance, eps, 1e-300) for distance in distances]
         shares = [attraction / math.fsum(attractions) for attraction in attractions]
-        before, distances = math.fsum(distances), _distances(gram, shares)
+        before, distances = math.fsum(distances), _distances(products, shares)
         if not math.fsum(distances) < before:
             break
     return shares
 
 
-def _distances(gram: Sequence[Sequence[float]], shares: Sequence[float]) -> list[float]:
+def _distances(products: Sequence[Sequence[float]], shares: Sequence[float]) -> list[float]:
     """Return the distance of each point from the one that is made of these shares."""
     found = []
     for point in range(len(shares)):
         offset = [(n == point) - share for n, share in enumerate(shares)][1:]
-        square = math.fsum(x * y * gram[i][j] for i, x in enumerate(offset) for j, y in enumerate(offset))
+        square = math.fsum(x * y * products[i][j] for i, x in enumerate(offset) for j, y in enumerate(offset))
         found.append(math.sqrt(max(0.0, square)))
     return found

@@ -29,6 +29,7 @@ __all__ = [
     "columns",
     "count",
     "dot",
+    "gram",
     "kth",
     "least",
     "most",
@@ -41,7 +42,7 @@ CHUNK = 1 << 17
 """Elements measured at once. Part of what a sum is: another size would be another order of additions."""
 
 _WIDE_CHUNK = 1 << 19  # where every chunk leaves a vector behind
-_LANES = 2048  # terms that are added side by side: they stay in the first cache
+_FEW_TERMS = 256  # so many are added one by one
 
 T = TypeVar("T")
 
@@ -65,6 +66,11 @@ class Measure(Protocol):
 def dot(x: Tensor, y: Tensor) -> Measure:
     """Ask for the sum of `x * y` over the tensor, as a float."""
     return _Sum(x, y)
+
+
+def gram(*vectors: Tensor) -> Measure:
+    """Ask for the dot products of each two of several slices, as a symmetric matrix of floats: what `dot` of each pair would say, in one go."""
+    return _Gram(vectors)
 
 
 def total(x: Tensor) -> Measure:
@@ -167,31 +173,57 @@ def _product(x: Tensor, y: Tensor | None) -> Tensor:
     return wide if y is None else wide * (wide if y is x else y.to(torch.float64))
 
 
-class _Sum:
-    """The sum of float64 terms."""
+class _Ordered:
+    """A measure whose partials are all kept."""
 
     is_ordered = True
+
+    def added(self, one: Any, other: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Sum(_Ordered):
+    """The sum of float64 terms."""
 
     def __init__(self, x: Tensor, y: Tensor | None) -> None:
         self._x, self._y = x, y
 
     def partial(self, _: Any) -> float:
         terms = _product(self._x, self._y).reshape(-1)
-        lanes = terms[: len(terms) // _LANES * _LANES].view(-1, _LANES)
-        if len(lanes):
-            rest = terms[lanes.numel() :]
-            terms = lanes[0].clone()
-            for row in lanes[1:]:
-                terms += row
-            terms[: len(rest)] += rest
-            terms = _folded(terms.view(16, -1))
-        return _exact_sum(terms.tolist())
+        return _added_up(terms if self._y is not None else terms.clone())  # which may be the method's own
 
     def joined(self, partials: Sequence[float], _: Any) -> tuple[bool, float]:
         return True, _exact_sum(partials)
 
-    def added(self, one: float, other: float) -> float:
-        raise NotImplementedError
+
+class _Gram(_Ordered):
+    """Sums of products of each two slices, which are widened once for all pairs."""
+
+    def __init__(self, vectors: Sequence[Tensor]) -> None:
+        self._vectors = vectors
+
+    def partial(self, _: Any) -> list[float]:
+        wide = [vector.reshape(-1).to(torch.float64) for vector in self._vectors]
+        terms = torch.empty_like(wide[0])
+        return [_added_up(torch.mul(x, y, out=terms)) for n, x in enumerate(wide) for y in wide[n:]]
+
+    def joined(self, partials: Sequence[list[float]], _: Any) -> tuple[bool, tuple[tuple[float, ...], ...]]:
+        sums = iter([_exact_sum(terms) for terms in zip(*partials, strict=True)])
+        count = len(self._vectors)
+        upper = {(n, m): next(sums) for n in range(count) for m in range(n, count)}
+        return True, tuple(tuple(upper[min(n, m), max(n, m)] for m in range(count)) for n in range(count))
+
+
+def _added_up(terms: Tensor) -> float:
+    """Add up a flat float64 tensor, which is overwritten: the upper half onto the lower, until few are left."""
+    count = len(terms)
+    while count > _FEW_TERMS:
+        half = count // 2
+        terms[:half] += terms[half : 2 * half]
+        if count % 2:
+            terms[0] += terms[count - 1]
+        count = half
+    return _exact_sum(terms[:count].tolist())
 
 
 def _exact_sum(terms: Sequence[float]) -> float:
@@ -202,10 +234,8 @@ def _exact_sum(terms: Sequence[float]) -> float:
         return sum(terms)
 
 
-class _Columns:
+class _Columns(_Ordered):
     """Sums over the first dimension."""
-
-    is_ordered = True
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self._x, self._y = x, y
@@ -215,9 +245,6 @@ class _Columns:
 
     def joined(self, partials: Sequence[Tensor], _: Any) -> tuple[bool, Tensor]:
         return True, _folded(torch.stack(list(partials)))
-
-    def added(self, one: Tensor, other: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class _Count:
