@@ -3,16 +3,18 @@
 Has never heard of files or threads. A measure takes a partial of a slice, and joins the partials of all chunks of a tensor into one answer;
 chunks are the same for every run, and nothing depends on the order in which they are measured.
 
-Sums are of float64 terms, added element by element in a fixed order and at last by `math.fsum`, which rounds once: `torch.sum` adds in an
-order that depends on the CPU. Order statistics are exact and never sort: they count digits of the numbers' bits, the leading digit first.
+Sums are those of `sums.py`. Order statistics are exact and never sort: they count digits of the numbers' bits, the leading digit first.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from sdmerge_build.methods.sums import exact_sum, folded, product, sums
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,6 @@ CHUNK = 1 << 17
 """Elements measured at once. Part of what a sum is: another size would be another order of additions."""
 
 _WIDE_CHUNK = 1 << 19  # where every chunk leaves a vector behind
-_FEW_TERMS = 256  # so many are added one by one
 
 T = TypeVar("T")
 
@@ -105,7 +106,7 @@ def kth(x: Tensor, rank: int) -> Measure:
 
 def row_sums(x: Tensor) -> Tensor:
     """Sum the rows of a (rows, length) tensor in an order that is the same everywhere; float64 (rows,)."""
-    return _folded(x.to(torch.float64).t()).clone()
+    return folded(x.to(torch.float64).t()).clone()
 
 
 def chunk_size(cut: str, shape: Sequence[int]) -> int:
@@ -154,25 +155,6 @@ def _alone(measure: Measure) -> Any:
     return state
 
 
-def _folded(x: Tensor) -> Tensor:
-    """Add the rows of a float64 tensor element by element: the upper half onto the lower, until one is left."""
-    if not len(x):
-        return x.new_zeros(x.shape[1:])
-    while len(x) > 1:
-        half = len(x) // 2
-        folded = x[:half] + x[half : 2 * half]
-        if len(x) % 2:
-            folded[0] += x[-1]
-        x = folded
-    return x[0]
-
-
-def _product(x: Tensor, y: Tensor | None) -> Tensor:
-    """Multiply in float64, where products of float32 numbers are exact; two float64 tensors are five times quicker than one of each."""
-    wide = x.to(torch.float64)
-    return wide if y is None else wide * (wide if y is x else y.to(torch.float64))
-
-
 class _Ordered:
     """A measure whose partials are all kept."""
 
@@ -189,11 +171,11 @@ class _Sum(_Ordered):
         self._x, self._y = x, y
 
     def partial(self, _: Any) -> float:
-        terms = _product(self._x, self._y).reshape(-1)
-        return _added_up(terms if self._y is not None else terms.clone())  # which may be the method's own
+        vectors = [self._x] if self._y is None or self._y is self._x else [self._x, self._y]
+        return sums(vectors, [(0, None if self._y is None else len(vectors) - 1)])[0]
 
     def joined(self, partials: Sequence[float], _: Any) -> tuple[bool, float]:
-        return True, _exact_sum(partials)
+        return True, exact_sum(partials)
 
 
 class _Gram(_Ordered):
@@ -203,35 +185,13 @@ class _Gram(_Ordered):
         self._vectors = vectors
 
     def partial(self, _: Any) -> list[float]:
-        wide = [vector.reshape(-1).to(torch.float64) for vector in self._vectors]
-        terms = torch.empty_like(wide[0])
-        return [_added_up(torch.mul(x, y, out=terms)) for n, x in enumerate(wide) for y in wide[n:]]
+        return sums(self._vectors, list(itertools.combinations_with_replacement(range(len(self._vectors)), 2)))
 
     def joined(self, partials: Sequence[list[float]], _: Any) -> tuple[bool, tuple[tuple[float, ...], ...]]:
-        sums = iter([_exact_sum(terms) for terms in zip(*partials, strict=True)])
+        found = iter([exact_sum(terms) for terms in zip(*partials, strict=True)])
         count = len(self._vectors)
-        upper = {(n, m): next(sums) for n in range(count) for m in range(n, count)}
+        upper = {(n, m): next(found) for n in range(count) for m in range(n, count)}
         return True, tuple(tuple(upper[min(n, m), max(n, m)] for m in range(count)) for n in range(count))
-
-
-def _added_up(terms: Tensor) -> float:
-    """Add up a flat float64 tensor, which is overwritten: the upper half onto the lower, until few are left."""
-    count = len(terms)
-    while count > _FEW_TERMS:
-        half = count // 2
-        terms[:half] += terms[half : 2 * half]
-        if count % 2:
-            terms[0] += terms[count - 1]
-        count = half
-    return _exact_sum(terms[:count].tolist())
-
-
-def _exact_sum(terms: Sequence[float]) -> float:
-    """Sum with one rounding; what is infinite or not a number stays so instead of being refused."""
-    try:
-        return math.fsum(terms)
-    except (OverflowError, ValueError):
-        return sum(terms)
 
 
 class _Columns(_Ordered):
@@ -241,10 +201,10 @@ class _Columns(_Ordered):
         self._x, self._y = x, y
 
     def partial(self, _: Any) -> Tensor:
-        return _folded(_product(self._x, self._y)).clone()
+        return folded(product(self._x, self._y)).clone()
 
     def joined(self, partials: Sequence[Tensor], _: Any) -> tuple[bool, Tensor]:
-        return True, _folded(torch.stack(list(partials)))
+        return True, folded(torch.stack(list(partials)))
 
 
 class _Count:
