@@ -26,6 +26,7 @@ __all__ = [
     "Shaped",
     "architecture_named",
     "architecture_names",
+    "diffusers_names",
     "folder_names",
     "is_architecture",
     "recognise",
@@ -175,13 +176,22 @@ def recognise(tensors: Mapping[str, Shaped]) -> Architecture:
     return architecture_named(GENERIC)
 
 
-@functools.cache
 def folder_names(name: str) -> FolderNames | None:
-    """Load the names that an architecture's tensors have in a diffusers folder; None when they are not known."""
-    from sdmerge_build.architectures.diffusers import read_names  # noqa: PLC0415  most runs meet no folder
+    """Load the names that an architecture's tensors have in a diffusers folder; None when such folders are not read."""
+    return diffusers_names(name) if "present" in read_table(name).get("diffusers", {}) else None
 
-    table = read_table(name).get("diffusers")
-    return read_names(name, table, read_table("diffusers"), architecture_named(name).layout()) if table else None
+
+@functools.cache
+def diffusers_names(name: str) -> FolderNames | None:
+    """Load the names that diffusers has for the tensors of a family or a variant, folders or not; None when they are not known."""
+    from sdmerge_build.architectures.diffusers import read_names  # noqa: PLC0415  most runs need none
+
+    family, _, variant = name.partition("/")
+    table = read_table(family, variant or read_table(family).get("typical", ""))
+    if "diffusers" not in table:
+        return None
+    layout = architecture_named(name).layout()
+    return read_names(name, table["diffusers"], read_table("diffusers"), layout, frozenset(table.get("swapped", ())))
 
 
 def recognise_folder(names: Collection[str]) -> FolderNames | None:

@@ -1,4 +1,4 @@
-"""Owns the expansion of an architecture's `[diffusers]` table: which tensor of a diffusers folder is which tensor of a checkpoint.
+"""Owns the expansion of an architecture's `[diffusers]` table: which tensor of diffusers is which tensor of a checkpoint.
 
 Has never heard of files or bytes. What the tables mean is written in `diffusers.toml`.
 """
@@ -12,9 +12,12 @@ from typing import Any
 
 from sdmerge_build.architectures.braces import BRACES, spell
 
-__all__ = ["STACKED", "TRANSPOSED", "WIDENED", "FolderNames", "Place", "read_names"]
+__all__ = ["STACKED", "SWAPPED", "TRANSPOSED", "WIDENED", "FolderNames", "Place", "read_names"]
 
 WIDENED, TRANSPOSED, STACKED = WAYS = ("widened", "transposed", "stacked")
+
+SWAPPED = "swapped"
+"""The two halves of the first dimension change places; a table says so in `swapped`, not line by line, as variants differ there."""
 
 _TERM = re.compile(r"([+-]?)(?:(\d+)\*)?(\w+)")
 
@@ -29,6 +32,7 @@ class Place:
     component: str
     names: tuple[str, ...]
     how: str = ""
+    sizes: tuple[int, ...] = ()  # of those that are stacked, beside each other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +40,7 @@ class FolderNames:
     """The names of one architecture in a diffusers folder, both ways."""
 
     architecture: str
-    present: tuple[str, ...]  # `component.name`s
+    present: tuple[str, ...]  # `component.name`s; none when folders are not read
     absent: tuple[str, ...]
     places: Mapping[str, Place]  # original name → place; no two originals share one
     originals: Mapping[tuple[str, str], tuple[str, int]]  # component and name, other spellings too → original, which of the place's names
@@ -44,27 +48,31 @@ class FolderNames:
 
     def fits(self, names: Collection[str]) -> bool:
         """Tell whether a folder with these `component.name`s is of this architecture."""
-        return all(n in names for n in self.present) and not any(n in names for n in self.absent)
+        return bool(self.present) and all(n in names for n in self.present) and not any(n in names for n in self.absent)
 
 
-def read_names(architecture: str, table: Mapping[str, Any], shared: Mapping[str, Any], layout: Iterable[str]) -> FolderNames:
-    """Spell out a `[diffusers]` table for the tensors of a layout; `shared` is `diffusers.toml`."""
+def read_names(
+    architecture: str, table: Mapping[str, Any], shared: Mapping[str, Any], layout: Iterable[str], swapped: Collection[str] = ()
+) -> FolderNames:
+    """Spell out a `[diffusers]` table for the tensors of a layout; `shared` is `diffusers.toml`, `swapped` what their modules are."""
     below = _by_prefix(layout)
     places: dict[str, Place] = {}
     for component, entry in table["components"].items():
-        for theirs, ours, how in _prefixes(entry["names"], shared, "", entry["prefix"]):
+        for theirs, ours, how, size in _prefixes(entry["names"], shared, "", entry["prefix"]):
             for name in below.get(ours, ()):
-                before = places[name].names if name in places and how == STACKED else ()
-                places[name] = Place(component, (*before, theirs + name.removeprefix(ours)), how)
+                before = places[name] if name in places and how == STACKED else Place(component, ())
+                way = SWAPPED if name.rpartition(".")[0] in swapped else how
+                sizes = (*before.sizes, size) if how == STACKED else ()
+                places[name] = Place(component, (*before.names, theirs + name.removeprefix(ours)), way, sizes)
     originals = {(place.component, name): (ours, n) for ours, place in places.items() for n, name in enumerate(place.names)}
     for component, spellings in shared["also"].items():
         below = _by_prefix(name for where, name in originals if where == component)
-        for other, written, _ in _prefixes(spellings, {}, "", ""):
+        for other, written, _, _ in _prefixes(spellings, {}, "", ""):
             originals |= {(component, other + name.removeprefix(written)): originals[component, name] for name in below.get(written, ())}
     return FolderNames(
         architecture=architecture,
-        present=tuple(table["present"]),
-        absent=tuple(table["absent"]),
+        present=tuple(table.get("present", ())),
+        absent=tuple(table.get("absent", ())),
         places=places,
         originals=originals,
         dropped=frozenset((component, name) for component, dropped in table.get("dropped", {}).items() for name in dropped),
@@ -81,17 +89,17 @@ def _by_prefix(names: Iterable[str]) -> dict[str, list[str]]:
     return below
 
 
-def _prefixes(table: Mapping[str, str], shared: Mapping[str, Any], theirs: str, ours: str) -> Iterator[tuple[str, str, str]]:
-    """Yield the folder's prefix, the original's, and what makes one of the other, for every line of a table and those it calls."""
+def _prefixes(table: Mapping[str, str], shared: Mapping[str, Any], theirs: str, ours: str) -> Iterator[tuple[str, str, str, int]]:
+    """Yield the folder's prefix, the original's, what makes one of the other, and its size, for every line of a table and those it calls."""
     for pattern, value in table.items():
-        original, _, word = value.partition(" ")
+        original, word, size, *_ = [*value.split(), "", ""]
         for suffix, bound in spell(pattern):
             left = f"{theirs}.{suffix}".strip(".")
             right = f"{ours}.{BRACES.sub(lambda found: _computed(found[1], bound), original)}".strip(".")  # noqa: B023  called at once
             if word and word not in WAYS:
                 yield from _prefixes(shared[word], shared, left, right)
             else:
-                yield left, right, word
+                yield left, right, word, int(size or 1)
 
 
 def _computed(expression: str, bound: Mapping[str, str]) -> str:
