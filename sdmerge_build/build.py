@@ -9,54 +9,35 @@ import importlib
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdmerge_build import __version__
-from sdmerge_build.check import Checked, check
+from sdmerge_build.adapters.writing import carried
+from sdmerge_build.digest import blake3_hex
 from sdmerge_build.emit import reemit
 from sdmerge_build.errors import IntegrityError, Issue, RecipeError, SdbuildError, joined
 from sdmerge_build.events import State, Watcher
-from sdmerge_build.files import Snapshot, as_space_error
+from sdmerge_build.files import as_space_error
 from sdmerge_build.keys import survey_key
 from sdmerge_build.lineage import shares_of
 from sdmerge_build.manifest import is_current, manifest_of, manifest_path, state_of, write_manifest
 from sdmerge_build.methods import Findings
 from sdmerge_build.passes import Output, Pass, plan_passes
-from sdmerge_build.plan import Plan
 from sdmerge_build.prepare import Options, Prepared, Wish, gather, prepare, release_folder
-from sdmerge_build.programs import Apply, Leaf
+from sdmerge_build.programs import Apply
+from sdmerge_build.report import Report
+from sdmerge_build.stage import Stage, refuse_changed
 from sdmerge_build.supply import refuse_full_disk
 from sdmerge_build.tensorfile import Layout, lay_out, read_header
 from sdmerge_build.writer import Written
 
-__all__ = ["Report", "build", "plan_build"]
+__all__ = ["build", "plan_build"]
 
 
 _MOST_NAMED = 4  # artifacts whose names fit beside a progress bar
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """The outcome of one run: what was asked for, in recipe order, and what became of it."""
-
-    recipe: Path
-    wishes: Sequence[Wish]
-    bytes_read: int
-    bytes_written: int
-    published: int
-    missing: Mapping[str, int]  # bytes that a plan would have to download, by source
-    seconds: float
-    warnings: Sequence[str]
-    plan: Plan
-
-    @property
-    def exit_code(self) -> int:
-        """Return 0, or the code of the first artifact that failed."""
-        return next((wish.error.exit_code for wish in self.wishes if wish.error), 0)
 
 
 def build(path: Path, options: Options, watcher: Watcher) -> Report:
@@ -84,7 +65,7 @@ def plan_build(path: Path, options: Options, watcher: Watcher) -> Report:
     run = _Run(prepared, options, watcher)
     if any(wish.state in {State.WANTED, State.EMITTED} for wish in prepared.wishes):
         run.plan()
-    return run.report(0, time.monotonic() - began)
+    return run.report(0, time.monotonic() - began, is_plan=True)
 
 
 class _TorchImport:
@@ -126,55 +107,42 @@ class _Run:
         self._prepared = prepared
         self._options = options
         self._watcher = watcher
-        self._checked: Checked | None = None
+        self._stage = Stage(prepared)
+        self._wishes = self._stage.wishes
         self._layouts: dict[str, Layout] = {}
         self._passes: list[Pass] = []
-        self._leaves: dict[str, Leaf] = {}
-        self._keys: dict[str, str] = {}
+        self._notes: list[str] = []
+        self._moved = [0, 0]  # bytes read and written for adapters
         self._began = time.time()
-
-    def _wishes(self, *states: State) -> list[Wish]:
-        return [wish for wish in self._prepared.wishes if wish.state in states]
-
-    def check(self) -> Checked:
-        """Infer every tensor, once, when it is first needed."""
-        if self._checked is None:
-            self._checked = check(self._prepared.plan, self._prepared.supply.headers)
-        return self._checked
 
     def plan(self) -> None:
         """Check what is to be made, lay it out, and plan the passes. Raises every mismatch at once, unless told to keep going."""
-        checked, plan = self.check(), self._prepared.plan
+        checked, plan = self._stage.check(), self._prepared.plan
         for wish in self._wishes(State.WANTED):
             if issues := [issue for name in plan.ancestors(wish.step.name) for issue in checked.issues.get(name, ())]:
                 wish.state, wish.error = State.FAILED, RecipeError(*issues)
         if (errors := [wish.error for wish in self._prepared.wishes if wish.error]) and not self._options.keep_going:
             raise joined(errors)
         for wish in self._wishes(State.WANTED, State.EMITTED):
-            specs = read_header(wish.stored.path).tensors if wish.stored else checked.tensors.get(wish.step.name)
+            name, header = wish.step.name, read_header(wish.stored.path) if wish.stored else None
+            specs = header.tensors if header else checked.tensors.get(name, checked.factors.get(name))
             if specs is not None:
-                self._layouts[wish.step.name] = lay_out(specs.values(), wish.metadata)
-        if all(wish.step.name in self._layouts for wish in self._wishes(State.WANTED)):
-            self._plan_passes()
+                self._layouts[name] = lay_out(specs.values(), carried(header.metadata, wish.metadata) if header else wish.metadata)
+        self._stage.learn()
+        wanted = [wish for wish in self._wishes(State.WANTED) if wish.step.name not in checked.drafts]
+        leaves = self._stage.foreseen(self._stage.drafted())
+        if leaves is not None and all(wish.step.name in self._layouts for wish in wanted):
+            outputs = [Output(name=wish.step.name, layout=self._layouts[wish.step.name], nonfinite=wish.step.nonfinite) for wish in wanted]
+            self._passes = list(plan_passes(plan, checked, self._stage.keys, leaves, outputs))
 
-    def _plan_passes(self) -> None:
-        prepared, supply = self._prepared, self._prepared.supply
-        leaves = {name: Leaf(name=name, path=Path(name), header=header) for name, header in supply.headers.items()}  # a plan sees them from afar
-        leaves |= {name: Leaf(name=name, path=found.path, header=found.header, snapshot=found.snapshot) for name, found in supply.found.items()}
-        for wish in self._wishes(State.REUSED, State.EMITTED):
-            if wish.stored:
-                leaves[wish.step.name] = Leaf(name=wish.step.name, path=wish.stored.path, header=read_header(wish.stored.path))
-        keys = {name: name for name in (*prepared.plan.sources, *prepared.plan.steps)}  # of what stands on a source nobody has seen
-        keys |= {name: description.key for name, description in prepared.described.items()}
-        self._leaves, self._keys = leaves, keys
-        outputs = [
-            Output(name=wish.step.name, layout=self._layouts[wish.step.name], nonfinite=wish.step.nonfinite) for wish in self._wishes(State.WANTED)
-        ]
-        self._passes = list(plan_passes(prepared.plan, self.check(), keys, leaves, outputs))
+    def _space(self) -> int:
+        """Count the bytes that will be written, as far as they are known; adapters whose ranks are not, are small."""
+        sizes = {name: layout.size for name, layout in self._layouts.items()}
+        return sum(sizes.get(wish.step.name, 0) for wish in self._wishes(State.WANTED, State.EMITTED))
 
     def check_space(self) -> None:
         """Refuse to begin what the disk cannot hold."""
-        needed = sum(self._layouts[wish.step.name].size for wish in self._wishes(State.WANTED, State.EMITTED))
+        needed = self._space()
         store, out = self._options.store_root, self._options.out_folder
         folders = {_device(folder): folder for folder in (out, store)}
         for folder in folders.values():
@@ -182,14 +150,20 @@ class _Run:
 
     def make(self, torch: _TorchImport) -> None:
         """Re-emit and merge what is wanted, and commit it to the store."""
-        needed = sum(self._layouts[wish.step.name].size for wish in self._wishes(State.WANTED, State.EMITTED))
-        with self._prepared.store.partial() as folder, as_space_error(folder, needed):
+        with self._prepared.store.partial() as folder, as_space_error(folder, self._space()):
             done = [self._reemit(wish, folder) for wish in self._wishes(State.EMITTED)]
             if not all(done):  # what could not be re-emitted is merged, and needs its sources
                 gather(self._prepared, is_plan=False)
-                self._checked = None
+                self._stage.renew()
                 self.plan()
-            findings = self._survey(folder, torch)
+            findings: dict[str, Findings] = {}
+            if self._stage.drafted():
+                while drafted := self._stage.drafted():
+                    self._make_adapter(drafted[0], findings, folder, torch)
+                self._stage.renew()
+                self.plan()
+            evaluated = {value.step for walk in self._passes for program in walk.everything for value in program.values if isinstance(value, Apply)}
+            self._survey(evaluated, findings, folder, torch)
             for walk in self._passes:
                 self._merge(walk, findings, folder, torch)
 
@@ -213,38 +187,74 @@ class _Run:
         self._commit(wish, target, written, State.EMITTED, stored.trace["versions"])
         return True
 
-    def _survey(self, folder: Path, torch: _TorchImport) -> dict[str, Findings]:
-        """Find out what steps must know of whole models, parents first, unless the store knows it."""
-        plan, store = self._prepared.plan, self._prepared.store
-        evaluated = {
-            self._keys[value.step] for walk in self._passes for program in walk.programs for value in program.values if isinstance(value, Apply)
-        }
-        findings: dict[str, Findings] = {}
+    def _make_adapter(self, name: str, findings: dict[str, Findings], folder: Path, torch: _TorchImport) -> None:
+        """Make a file of an adapter, before the passes that may read it; commit it where it is asked for."""
+        merge = torch.module()
+        from sdmerge_build.making import Making, make  # noqa: PLC0415  it imports torch
+
+        plan, stage, target = self._prepared.plan, self._stage, folder / f"{blake3_hex(name.encode())}.safetensors"
+        self._survey(stage.below(name), findings, folder, torch)
+        making = Making(
+            plan=plan,
+            checked=stage.check(),
+            keys=stage.keys,
+            leaves=stage.leaves,
+            step=plan.steps[name],
+            findings=findings,
+            jobs=self._options.reach.jobs,
+            note=self._notes.append,
+            advanced=self._watcher.advanced,
+        )
+        wish = next((wish for wish in self._wishes(State.WANTED) if wish.step.name == name), None)
+        self._watcher.started(name, making.bytes_read)
+        try:
+            refuse_changed(stage.leaves.values())
+            written = make(making, target, wish.metadata if wish else {})
+            refuse_changed(stage.leaves.values())
+        except SdbuildError as error:
+            if not self._options.keep_going:
+                raise
+            for blocked in (wish for wish in self._wishes(State.WANTED) if name in plan.ancestors(wish.step.name)):
+                blocked.state, blocked.error = State.FAILED, error
+            return
+        finally:
+            self._watcher.finished()
+        self._moved = [self._moved[0] + making.bytes_read, self._moved[1] + written.size]
+        if wish:
+            self._commit(wish, target, written, State.BUILT, {"sdbuild": __version__, "torch": merge.torch.__version__})
+        if name not in stage.check().factors:
+            stage.renew()
+        stage.keep(name, wish.stored.path if wish and wish.stored else target)
+        stage.learn()
+
+    def _survey(self, evaluated: Collection[str], findings: dict[str, Findings], folder: Path, torch: _TorchImport) -> None:
+        """Find out what steps must know of whole models, parents first, unless it is known already, here or in the store."""
+        plan, store, keys = self._prepared.plan, self._prepared.store, self._stage.keys
+        wanted = {keys[name] for name in evaluated}
         for step in plan.steps.values():
-            if step.method.survey is None or self._keys[step.name] not in evaluated:
+            if step.method.survey is None or keys[step.name] not in wanted or step.name in findings:
                 continue
-            key = survey_key(step, self._keys, plan.architecture.fingerprint)
+            key = survey_key(step, keys, plan.architecture.fingerprint)
             known: Findings | None = store.findings(key)
             if known is None:
                 torch.module()
                 from sdmerge_build.surveys import conduct  # noqa: PLC0415  it imports torch
 
                 self._watcher.note(f"{step.name}: surveying its models")
-                known = conduct(plan, self.check(), self._keys, self._leaves, step, findings, self._options.reach.jobs)
+                known = conduct(plan, self._stage.check(), keys, self._stage.leaves, step, findings, self._options.reach.jobs)
                 store.keep_findings(key, known, folder)
             findings[step.name] = known
-        return findings
 
     def _merge(self, walk: Pass, findings: Mapping[str, Findings], folder: Path, torch: _TorchImport) -> None:
         wishes = {wish.step.name: wish for wish in self._wishes(State.WANTED)}
         targets = [folder / f"{output.name}.safetensors" for output in walk.outputs]
         merge = torch.module()
-        _check_unchanged(walk)
+        refuse_changed(walk.leaves)
         names = [output.name for output in walk.outputs]
         self._watcher.started(", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} artifacts", walk.bytes_written)
         results = merge.run(walk, targets, findings, self._options.reach.jobs, self._watcher.advanced, keep_going=self._options.keep_going)
         self._watcher.finished()
-        _check_unchanged(walk)
+        refuse_changed(walk.leaves)
         versions = {"sdbuild": __version__, "torch": merge.torch.__version__}
         for output, target, result in zip(walk.outputs, targets, results, strict=True):
             wish = wishes[output.name]
@@ -264,7 +274,8 @@ class _Run:
         """Return the sources' shares in the order of the ancestry: those of the tensors that are copied, or those of the merge."""
         if wish.stored:
             return wish.stored.trace.get("shares")
-        shares = shares_of(self._prepared.plan, wish.step, self.check())
+        checked = self._stage.check()
+        shares = shares_of(self._prepared.plan, wish.step, checked) if wish.step.name in checked.tensors else None
         return [[share.mean, share.least, share.most] for share in shares.values()] if shares else None
 
     def publish(self) -> int:
@@ -296,28 +307,21 @@ class _Run:
         write_release(folder, wish.target, manifest_path(wish.target), manifest, self._prepared.plan.recipe.path.parent, signer)
         wish.released = folder
 
-    def report(self, published: int, seconds: float) -> Report:
-        """Put together what happened, or would."""
+    def report(self, published: int, seconds: float, *, is_plan: bool = False) -> Report:
+        """Put together what happened, or would; what adapters do is for plans."""
         emitted = [wish.stored.size for wish in self._wishes(State.EMITTED) if wish.stored]
         return Report(
             recipe=self._prepared.plan.recipe.path,
             wishes=self._prepared.wishes,
-            bytes_read=sum(walk.bytes_read for walk in self._passes) + sum(emitted),
-            bytes_written=sum(walk.bytes_written for walk in self._passes) + sum(emitted),
+            bytes_read=sum(walk.bytes_read for walk in self._passes) + sum(emitted) + self._moved[0],
+            bytes_written=sum(walk.bytes_written for walk in self._passes) + sum(emitted) + self._moved[1],
             published=published,
             missing=dict(self._prepared.missing),
             seconds=seconds,
-            warnings=tuple(self._checked.notes) if self._checked else (),
+            warnings=(*self._stage.notes, *self._notes),
             plan=self._prepared.plan,
+            uses=self._stage.uses() if is_plan else (),
         )
-
-
-def _check_unchanged(walk: Pass) -> None:
-    """Refuse a source that is not as it was when its digests were learned: its key would lie."""
-    for leaf in walk.leaves:
-        if leaf.snapshot and Snapshot.of(leaf.path) != leaf.snapshot:
-            what = "the file changed while it was being merged"
-            raise IntegrityError(Issue(where=str(leaf.path), what=what, hint="run again once it is at rest"))
 
 
 def _device(folder: Path) -> int:

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdmerge_build.bars import Style, bars, ratios_as_json
-from sdmerge_build.build import Report
+from sdmerge_build.coverage import Use
 from sdmerge_build.errors import Issue
 from sdmerge_build.events import State, Watcher
 from sdmerge_build.files import readable_size
 from sdmerge_build.manifest import manifest_path
 from sdmerge_build.prepare import Wish
+from sdmerge_build.report import Report
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -122,11 +123,32 @@ def report_as_text(report: Report, *, is_plan: bool, explains: bool) -> Iterator
         yield line.rstrip()
         if explains or is_plan:
             yield from (f"    {reason}" for reason in wish.reasons or ["unchanged since it was built"])
+    if report.uses:
+        yield from _adapters(report.uses)
     if explains:
         yield from bars(report.plan, _style())
     yield from (f"released  {wish.step.name}: {wish.released}" for wish in report.wishes if wish.released)
     yield from _terms(report)
     yield _summary(report, is_plan=is_plan)
+
+
+def _adapters(uses: Sequence[Use]) -> Iterator[str]:
+    """Yield a table of what adapters change, step by step."""
+    rows = [("adapter", "applied in", "type", "tensors changed", "rank", "alpha", "strength")]
+    for use in uses:
+        tensors = ", ".join(f"{count} of {component}" for component, count in use.tensors.items())
+        rows.append((use.adapter, use.step, ", ".join(use.kinds), tensors, _range(use.ranks), _range(use.alphas), _range(use.strengths)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "    " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _range(span: tuple[float, float] | None) -> str:
+    """Write the least and the most of something; a dash where there is none."""
+    if span is None:
+        return "–"
+    low, high = (f"{number:g}" for number in span)
+    return low if low == high else f"{low} to {high}"
 
 
 def _style() -> Style:
@@ -187,6 +209,7 @@ def report_as_json(report: Report, *, is_plan: bool, explains: bool) -> dict[str
         "bytes_written": report.bytes_written,
         "seconds": round(report.seconds, 3),
         "warnings": list(report.warnings),
+        "adapters": [use.table() for use in report.uses],
     } | ({"ratios": ratios_as_json(report.plan)} if explains else {})
 
 

@@ -7,26 +7,30 @@ do not depend on threads or chunks. What is asked of a whole tensor is measured 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import inspect
 import math
 import threading
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from sdmerge_build.dtypes import ITEMSIZE
-from sdmerge_build.errors import IntegrityError, Issue, SdbuildError
-from sdmerge_build.methods import Findings, Method, Place
+from sdmerge_build.errors import Issue, SdbuildError
+from sdmerge_build.methods import Findings, Place
+from sdmerge_build.methods.changes import Baking, Loaded, prepare
 from sdmerge_build.methods.measures import Measure, answer_alone, answered, chunk_size, seen
-from sdmerge_build.programs import Apply, Fit, Load, Program, Round, args_of
-from sdmerge_build.rounding import EIGHT_BITS, TORCH, narrowed, rounded, saturated
+from sdmerge_build.programs import Apply, Bake, Count, Fit, Load, Move, Program, Round, args_of, moves_of
+from sdmerge_build.rounding import EIGHT_BITS, narrowed, rounded, saturated
+from sdmerge_build.slices import counted, fitted, moved, read_slice, widened
 
-__all__ = ["Evaluator", "Stopped", "read_slice"]
+__all__ = ["Evaluator", "Stopped"]
+
+T = TypeVar("T")
 
 _POLL_SECONDS = 0.1
 _AHEAD = 16  # tensors that are looked through for the next in one piece
@@ -34,22 +38,6 @@ _AHEAD = 16  # tensors that are looked through for the next in one piece
 
 class Stopped(Exception):  # noqa: N818  nothing is wrong with the one who stops
     """Somebody else failed, and nobody needs what was being computed."""
-
-
-def read_slice(files: Sequence[BinaryIO], value: Load, start: int, count: int) -> Tensor:
-    """Read elements of a stored tensor; dtypes that are only moved are seen as bytes."""
-    file, width = files[value.leaf], ITEMSIZE[value.dtype]
-    torch_dtype = TORCH.get(value.dtype, torch.uint8)
-    tensor = torch.empty(count * width // torch_dtype.itemsize, dtype=torch_dtype)
-    view = memoryview((ctypes.c_ubyte * (count * width)).from_address(tensor.data_ptr())).cast("B")
-    file.seek(value.start + start * width)
-    have = 0
-    while have < len(view):
-        got = file.readinto(view[have:])  # type: ignore[attr-defined]  # raw files have it
-        if not got:
-            raise IntegrityError(Issue(where=str(file.name), what="the file became shorter while it was being read"))
-        have += got
-    return tensor
 
 
 class _Job:
@@ -114,24 +102,30 @@ class _Site(NamedTuple):
 
     program: int
     value: int
-    apply: Apply
+    apply: Apply | Bake
     start: int
     length: int
     files: Sequence[BinaryIO]
 
 
 class Evaluator:
-    """Evaluates the programs of one walk, for all its threads. A thread that fails sets `stopped`, so that nobody waits for it."""
+    """Evaluates the programs of one walk, for all its threads. A thread that fails sets `stopped`, so that nobody waits for it.
 
-    def __init__(self, programs: Sequence[Program], architecture: str, findings: Mapping[str, Findings]) -> None:
-        self._programs = programs
+    `inner` are programs of tensors that others are parts of; they are evaluated where these are.
+    """
+
+    def __init__(self, programs: Sequence[Program], inner: Sequence[Program], architecture: str, findings: Mapping[str, Findings]) -> None:
+        self._outer = len(programs)
+        self._programs = [*programs, *inner]
         self._architecture = architecture
         self._findings = findings  # by step
         self._lock = threading.Lock()
         self._jobs: dict[int, dict[tuple[int, int], _Job]] = {}  # by program, then value and phase
         self._whole: dict[int, dict[int, Future[Tensor]]] = {}  # by program, then value
+        self._bakings: dict[int, dict[int, Future[Baking]]] = {}
         self._orders: dict[tuple[int, frozenset[int], bool], tuple[int, ...]] = {}
         self._left = [program.numel for program in programs]
+        self._users = Counter(program for other in self._programs for program in moves_of(other))  # of inner programs
         self.stopped = threading.Event()
 
     def evaluate(
@@ -147,12 +141,16 @@ class Evaluator:
                     values[n] = read_slice(files, load, start, count if load.numel == program.numel else load.numel)
                 case Round() as copy:
                     values[n] = narrowed(values[copy.arg], copy.dtype, saturates=copy.saturates)
+                case Count():
+                    values[n] = counted(start, count)
+                case Move() as move:
+                    values[n] = moved(move, start, count, functools.partial(self._part, files))
                 case Fit() as fit:
-                    values[n] = _fitted(fit, values)
-                case Apply() as apply:
+                    values[n] = fitted(fit, values)
+                case Apply() | Bake() as apply:
                     size = math.prod(apply.shape)
                     site = _Site(index, n, apply, start, count if size == program.numel else size, files)
-                    with _own_fault(apply.method, program.tensor):
+                    with _own_fault(apply, program.tensor):
                         values[n] = self._applied(site, values, wide, targets.get(n))
             for dead in program.last_used[n]:
                 values.pop(dead, None)
@@ -164,7 +162,7 @@ class Evaluator:
         program = self._programs[index]
         apply = program.values[value]
         assert isinstance(apply, Apply), "BUG: only a function concludes"
-        site = _Site(index, value, apply, 0, min(chunk_size(apply.method.cut, apply.shape), program.numel), files)
+        site = _Site(index, value, apply, 0, min(chunk_size(apply.cut, apply.shape), program.numel), files)
         return answered(self._started(site, self._args(site), {}), lambda phase, _: self._answers(site, phase))
 
     def release(self, index: int, count: int) -> None:
@@ -172,26 +170,44 @@ class Evaluator:
         with self._lock:
             self._left[index] -= count
             if not self._left[index]:
-                self._jobs.pop(index, None)
-                self._whole.pop(index, None)
+                self._forget(index)
+
+    def _forget(self, index: int) -> None:
+        """Forget a program, and inner ones that no other needs."""
+        for table in (self._jobs, self._whole, self._bakings):
+            table.pop(index, None)
+        for program in moves_of(self._programs[index]):
+            self._users[program] -= 1
+            if not self._users[program]:
+                self._forget(self._outer + program)
+
+    def _part(self, files: Sequence[BinaryIO], inner: int, start: int, count: int) -> Tensor:
+        """Evaluate some elements of an inner program, with those that may not be divided from them."""
+        index = self._outer + inner
+        program = self._programs[index]
+        [emit] = program.emits
+        low, high = start // program.grain * program.grain, min(program.numel, -(-(start + count) // program.grain) * program.grain)
+        value = self.evaluate(index, low, high - low, files, {emit.value}, {})[emit.value]
+        width = len(value) // (high - low)  # bytes of an element, where it is seen as bytes
+        return value[(start - low) * width : (start - low + count) * width]
 
     def _order(self, index: int, wanted: frozenset[int], *, in_slices: bool) -> tuple[int, ...]:
         """List the values that some values need, and themselves, in order. Of what cannot be cut, slices need the result alone."""
         if (index, wanted, in_slices) not in self._orders:
             needed = set(wanted)
             for n, value in reversed(list(enumerate(self._programs[index].values))):
-                if n in needed and not (in_slices and isinstance(value, Apply) and value.method.cut == "nowhere"):
+                if n in needed and not (in_slices and isinstance(value, (Apply, Bake)) and value.cut == "nowhere"):
                     needed |= args_of(value)
             self._orders[index, wanted, in_slices] = tuple(sorted(needed))
         return self._orders[index, wanted, in_slices]
 
     def _applied(self, site: _Site, values: Mapping[int, Tensor], wide: dict[tuple[int, torch.dtype], Tensor], target: Tensor | None) -> Tensor:
         apply, numel = site.apply, math.prod(site.apply.shape)
-        if apply.method.cut == "nowhere" and (site.start, site.length) != (0, numel):
+        if apply.cut == "nowhere" and (site.start, site.length) != (0, numel):
             return self._of_whole(site)[site.start : site.start + site.length]
-        made = self._started(site, values, wide)
+        made = self._baked(site, values, wide) if isinstance(apply, Bake) else self._started(site, values, wide)
         if inspect.isgenerator(made):
-            alone = (site.start, site.length) == (0, numel) and (numel <= chunk_size(apply.method.cut, apply.shape) or apply.method.cut == "nowhere")
+            alone = (site.start, site.length) == (0, numel) and (numel <= chunk_size(apply.cut, apply.shape) or apply.cut == "nowhere")
             made = answered(made, answer_alone if alone else lambda phase, _: self._answers(site, phase))
         result = made.reshape(-1)
         if len(result) != site.length or not result.is_floating_point():  # torch would spread a single element over all
@@ -205,8 +221,10 @@ class Evaluator:
 
     def _started(self, site: _Site, values: Mapping[int, Tensor], wide: dict[tuple[int, torch.dtype], Tensor]) -> Any:
         """Call a method on a slice: its result, or a generator that has not begun."""
-        apply, method = site.apply, site.apply.method
-        models = [None if a is None else seen(_widened(a, values, apply.compute, wide), method.cut, apply.shape) for a in apply.args]
+        apply = site.apply
+        assert isinstance(apply, Apply), "BUG: only a method is called"
+        method = apply.method
+        models = [None if a is None else seen(widened(a, values, apply.compute, wide), method.cut, apply.shape) for a in apply.args]
         if method.origin:  # who knows what it does with them
             models = [model if model is None else model.clone() for model in models]
         params = dict(apply.params)
@@ -217,13 +235,34 @@ class Evaluator:
             params[method.findings] = self._findings[apply.step]
         return method.function(*models, **params)
 
+    def _baked(self, site: _Site, values: Mapping[int, Tensor], wide: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
+        """Apply adapters to a slice; what their factors come to for this tensor is prepared once, by whoever comes first."""
+        bake = site.apply
+        assert isinstance(bake, Bake), "BUG: only adapters are baked"
+
+        def prepared() -> Baking:
+            loaded = [
+                Loaded(
+                    kind=alteration.change.kind,
+                    factors={role: read_slice(site.files, load, 0, load.numel).view(shape) for role, (load, shape) in alteration.factors.items()},
+                    rows=alteration.change.rows,
+                    turned=alteration.change.turned,
+                    strength=alteration.strength,
+                )
+                for alteration in bake.alterations
+            ]
+            return prepare(loaded, bake.shape, torch.float64 if bake.compute == "fp64" else torch.float32)
+
+        baking = self._once(self._bakings, site, prepared)
+        return baking.apply(widened(bake.arg, values, bake.compute, wide), site.start)
+
     def _answers(self, site: _Site, phase: int) -> tuple[Any, ...]:
         """Answer what a method asks of a whole tensor; whoever comes first or meanwhile helps to measure."""
         numel = math.prod(site.apply.shape)
         with self._lock:
             jobs = self._jobs.setdefault(site.program, {})
             if (site.value, phase) not in jobs:
-                size = chunk_size(site.apply.method.cut, site.apply.shape)
+                size = chunk_size(site.apply.cut, site.apply.shape)
                 jobs[site.value, phase] = _Job([(start, min(size, numel - start)) for start in range(0, numel, size)])
             job = jobs[site.value, phase]
         while chunk := job.take(self.stopped):
@@ -254,63 +293,51 @@ class Evaluator:
         return {n: value[site.start - low :][: site.length] for n, value in values.items()}
 
     def _of_whole(self, site: _Site) -> Tensor:
-        """Return the result of a method that needs the tensor in one piece: computed once, by whoever comes first."""
+        """Return the result of a method that needs the tensor in one piece."""
+
+        def computed() -> Tensor:
+            everything = site._replace(start=0, length=math.prod(site.apply.shape))
+            return self._applied(everything, self._args(everything), {}, None)
+
+        return self._once(self._whole, site, computed, meanwhile=self._begin_next)
+
+    def _once(
+        self, table: dict[int, dict[int, Future[T]]], site: _Site, make: Callable[[], T], meanwhile: Callable[[_Site], None] | None = None
+    ) -> T:
+        """Return what is made once for a value of a program, by whoever comes first; others wait, and may do something `meanwhile`."""
         with self._lock:
-            known = self._whole.setdefault(site.program, {})
+            known = table.setdefault(site.program, {})
             is_first = site.value not in known
-            whole = known.setdefault(site.value, Future())
+            future = known.setdefault(site.value, Future())
         if is_first:
-            numel = math.prod(site.apply.shape)
-            everything = site._replace(start=0, length=numel)
-            whole.set_result(self._applied(everything, self._args(everything), {}, None))
-        elif not whole.done():
-            self._begin_next(site)
-        while not wait([whole], _POLL_SECONDS).done:
+            future.set_result(make())
+        elif meanwhile and not future.done():
+            meanwhile(site)
+        while not wait([future], _POLL_SECONDS).done:
             if self.stopped.is_set():
                 raise Stopped
-        return whole.result()
+        return future.result()
 
     def _begin_next(self, site: _Site) -> None:
         """Compute the next tensor that is needed in one piece and that nobody has begun, instead of waiting for somebody else's."""
-        for index in range(site.program + 1, min(site.program + _AHEAD, len(self._programs))):
+        for index in range(site.program + 1, min(site.program + _AHEAD, self._outer)):
             program = self._programs[index]
             if program.numel > program.slice_size and self._left[index] == program.numel:
                 for n, value in enumerate(program.values):
-                    if isinstance(value, Apply) and value.method.cut == "nowhere" and n not in self._whole.get(index, ()):
+                    if isinstance(value, (Apply, Bake)) and value.cut == "nowhere" and n not in self._whole.get(index, ()):
                         self._of_whole(_Site(index, n, value, 0, program.numel, site.files))
                         return
 
 
 @contextlib.contextmanager
-def _own_fault(method: Method, tensor: str) -> Iterator[None]:
+def _own_fault(apply: Apply | Bake, tensor: str) -> Iterator[None]:
     """Say of what goes wrong in a method that is not built in whose fault it is."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        if not method.origin or isinstance(error, (SdbuildError, Stopped)):
+        if isinstance(apply, Bake) or not apply.method.origin or isinstance(error, (SdbuildError, Stopped)):
             raise
+        method = apply.method
         own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.name == method.function.__name__]
         what = f"method `{method.name}` fails on tensor `{tensor}`{f', in line {own[-1]}' if own else ''}: {type(error).__name__}: {str(error)[:300]}"
         raise SdbuildError(Issue(what=what, hint="models come as flat slices unless the method says `cut`; see README")) from error
-
-
-def _widened(arg: int, values: Mapping[int, Tensor], compute: str, wide: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
-    """Give a value the dtype that arithmetic is done in; converted once for all who use it."""
-    value = values[arg]
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(compute, value.dtype)
-    if dtype in EIGHT_BITS:
-        dtype = torch.float32  # no arithmetic is defined on eight bits
-    if dtype is value.dtype:
-        return value
-    if (arg, dtype) not in wide:
-        wide[arg, dtype] = value.to(dtype)
-    return wide[arg, dtype]
-
-
-def _fitted(fit: Fit, values: Mapping[int, Tensor]) -> Tensor:
-    """Take of a value what two shapes have in common, and the rest from another, or zeros."""
-    value = values[fit.arg].view(fit.shape)
-    common = tuple(slice(0, min(sizes)) for sizes in zip(fit.shape, fit.to, strict=True))
-    made = value.new_zeros(fit.to) if fit.under is None else values[fit.under].view(fit.to).clone()
-    made[common] = value[common]
-    return made.reshape(-1)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from sdmerge_build.adapters import SETTINGS
 from sdmerge_build.claims import CLAIMS, MAX_CLAIM
 from sdmerge_build.lock import Entry
 from sdmerge_build.sources import Found
@@ -28,6 +29,11 @@ class Facts:
     made: str  # under which digest the store keeps what several files were put together into
     claims: Mapping[str, str]
     terms: Mapping[str, Any] = field(default_factory=dict)  # the hub's licence fields, as the lock has them
+
+    @property
+    def settings(self) -> str:
+        """Return what the header of an adapter says of how strongly it is applied; nothing where it says nothing."""
+        return self.claims.get(SETTINGS, "")
 
     @classmethod
     def of(cls, found: Found, entry: Entry | None = None) -> Facts:
@@ -71,6 +77,6 @@ class Facts:
 
 
 def claims_in(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Take what a header claims of its origin; of what is too long to be read, that it is."""
-    said = ((name, metadata.get(name)) for name in CLAIMS)
+    """Take what a header claims of its origin, or says of an adapter's strength; of what is too long to be read, that it is."""
+    said = ((name, metadata.get(name)) for name in (*CLAIMS, SETTINGS))
     return {name: text if len(text) <= MAX_CLAIM else f"… {len(text)} characters" for name, text in said if text is not None}

@@ -94,16 +94,24 @@ def names_in(expression: Expression) -> list[str]:
 
 
 def evaluate(expression: Expression, values: Mapping[str, Any]) -> Any:
-    """Evaluate an expression operation by operation, on tensors or on anything else that adds and scales."""
+    """Evaluate an expression operation by operation, on tensors or on anything else that adds and scales.
+
+    Names whose value is None are left out; what holds no other is None.
+    """
     match expression:
         case Name(name):
             return values[name]
         case Scaled(factor, of):
-            return evaluate(of, values) * float(factor)
+            value = evaluate(of, values)
+            return None if value is None else value * float(factor)
         case Sum(first, rest):
             total = evaluate(first, values)
             for sign, term in rest:
-                total = total - evaluate(term, values) if sign == "-" else total + evaluate(term, values)
+                value = evaluate(term, values)
+                if total is None or value is None:
+                    total = value * (-1.0 if sign == "-" else 1.0) if total is None and value is not None else total
+                else:
+                    total = total - value if sign == "-" else total + value
             return total
 
 

@@ -79,12 +79,12 @@ def survey_key(step: Step, keys: Mapping[str, str], fingerprint: str) -> str:
     return digest.hexdigest()
 
 
-def describe_all(plan: Plan, source_digests: Mapping[str, str]) -> dict[str, Description]:
-    """Describe every source and step whose sources are known, parents first."""
+def describe_all(plan: Plan, source_digests: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, Description]:
+    """Describe every source and step whose sources are known, parents first; `settings` are those that an adapter's header holds beside tensors."""
     described: dict[str, Description] = {}
     for name in plan.sources:
         if digest := source_digests.get(name):
-            described[name] = Description(name=name, key=digest, facts=[("tensors", digest)], inputs={})
+            described[name] = _described_source(name, digest, settings.get(name, ""))
     for step in plan.steps.values():
         if all(i in described for i in step.inputs):
             keys = {i: described[i].key for i in step.inputs}
@@ -94,6 +94,17 @@ def describe_all(plan: Plan, source_digests: Mapping[str, str]) -> dict[str, Des
             inputs = dict(zip(step.roles, step.inputs, strict=True))
             described[step.name] = Description(name=step.name, key=digest_sink.hexdigest(), facts=transcript.facts, inputs=inputs)
     return described
+
+
+def _described_source(name: str, tensors: str, settings: str) -> Description:
+    """Describe a source: its tensors alone, unless a setting decides what they mean."""
+    if not settings:
+        return Description(name=name, key=tensors, facts=[("tensors", tensors)], inputs={})
+    digest, transcript = Digest(), Transcript()
+    for sink in (digest, transcript):
+        sink.fact("tensors", tensors)
+        sink.fact("settings", settings)
+    return Description(name=name, key=digest.hexdigest(), facts=transcript.facts, inputs={})
 
 
 def artifact_key(tensor_key: str, metadata: Mapping[str, str]) -> str:

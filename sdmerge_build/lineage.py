@@ -78,6 +78,8 @@ def shares_of(plan: Plan, step: Step, checked: Checked) -> dict[str, Share] | No
 
     Constants and whole numbers, which are never averaged, do not count.
     """
+    if any(name in checked.adapters for name in plan.ancestors(step.name)):  # which have strengths, and no share of the whole
+        return None
     tensors: dict[str, dict[str, Blend]] = {}
     for name in plan.ancestors(step.name):
         if name in plan.sources:
@@ -89,8 +91,9 @@ def shares_of(plan: Plan, step: Step, checked: Checked) -> dict[str, Share] | No
         for tensor, operation in checked.operations[name].items():
             if operation.blend is None:
                 return None
-            parts = [tensors[inputs[n]][tensor] * operation.blend[n] for n in operation.reads]
-            tensors[name][tensor] = sum(parts[1:], parts[0])
+            of = operation.moved.names[0] if operation.moved and operation.moved.names else tensor
+            parts = [tensors[inputs[n]][of] * operation.blend[n] for n in operation.reads]
+            tensors[name][tensor] = sum(parts, Blend({}))
     sizes = {t: spec.numel for t, spec in checked.tensors[step.name].items() if _is_averaged(plan, t, spec.dtype)}
     total = sum(sizes.values())
     shares = {}
@@ -141,7 +144,7 @@ def _lineage(plan: Plan, step: Step, described: Mapping[str, Description], facts
     names = plan.ancestors(step.name)
     sources = []
     for name in (name for name in names if name in plan.sources):
-        bytes_of = {"tensors": described[name].key} | _conversion(facts[name])
+        bytes_of = {"tensors": facts[name].tensors} | _conversion(facts[name])
         bytes_of |= plan.sources[name].model_dump(include={"sha256", "blake3", "uri"}, exclude_none=True)
         first, *others = handed_on(plan, name, facts[name])
         sources += [first | bytes_of, *others]

@@ -18,11 +18,12 @@ import torch
 
 from sdmerge_build.dtypes import ITEMSIZE
 from sdmerge_build.errors import Issue, SdbuildError
-from sdmerge_build.evaluate import Evaluator, Stopped, read_slice
+from sdmerge_build.evaluate import Evaluator, Stopped
 from sdmerge_build.methods import Findings
 from sdmerge_build.passes import Batch, Pass, Slice
-from sdmerge_build.programs import Load, Program
+from sdmerge_build.programs import Load, Program, moves_of
 from sdmerge_build.rounding import EIGHT_BITS, LARGEST, TORCH
+from sdmerge_build.slices import read_slice
 from sdmerge_build.writer import Buffers, Writer, Written
 
 __all__ = ["run"]
@@ -88,7 +89,7 @@ class _Walker:
         self._queue = iter(enumerate(walk.batches))
         self._lock = threading.Lock()
         self._dtypes = [{spec.name: spec.dtype for spec in output.layout.specs} for output in walk.outputs]
-        self._evaluator = Evaluator(walk.programs, walk.architecture, findings)
+        self._evaluator = Evaluator(walk.programs, walk.inner, walk.architecture, findings)
         self.failures: dict[int, SdbuildError] = {}
 
     def work(self) -> None:
@@ -161,9 +162,10 @@ class _Walker:
         if output in self.failures:
             return
         name = self._walk.outputs[output].name
+        inner = [value for n in sorted(_needed(program, self._walk.inner)) for value in self._walk.inner[n].values]
         culprits = [
             self._walk.leaves[value.leaf].name
-            for value in program.values
+            for value in (*program.values, *inner)
             if isinstance(value, Load) and not _is_finite(read_slice(files, value, *_part_of(value, program, piece)))
         ]
         dtype = self._dtypes[output][program.tensor]
@@ -189,6 +191,12 @@ class _Walker:
 def _tensor(data: memoryview, dtype: str) -> torch.Tensor:
     """See bytes as a flat tensor; dtypes that are only moved are seen as bytes."""
     return torch.frombuffer(data, dtype=TORCH.get(dtype, torch.uint8))
+
+
+def _needed(program: Program, inner: Sequence[Program]) -> set[int]:
+    """List the inner programs that one needs, and those that they need."""
+    needed = moves_of(program)
+    return needed.union(*(_needed(inner[n], inner) for n in needed))
 
 
 def _part_of(value: Load, program: Program, piece: Slice) -> tuple[int, int]:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sdmerge_build.check import Checked
+from sdmerge_build.compiling import Compiler
 from sdmerge_build.dtypes import ITEMSIZE
 from sdmerge_build.plan import Plan
-from sdmerge_build.programs import Compiler, Leaf, Load, Program
+from sdmerge_build.programs import Leaf, Program, loads_of
 from sdmerge_build.tensorfile import Layout, Spec
 
 __all__ = ["Batch", "Output", "Pass", "Slice", "plan_passes"]
@@ -58,12 +59,19 @@ class Pass:
     leaves: tuple[Leaf, ...]
     outputs: tuple[Output, ...]
     programs: tuple[Program, ...]
+    inner: tuple[Program, ...]  # of tensors that those of others are parts of
     batches: tuple[Batch, ...]
+
+    @property
+    def everything(self) -> tuple[Program, ...]:
+        """List every program, inner ones too."""
+        return (*self.programs, *self.inner)
 
     @property
     def bytes_read(self) -> int:
         """Count the bytes that will be read."""
-        return sum(v.numel * ITEMSIZE[v.dtype] for p in self.programs for v in p.values if isinstance(v, Load))
+        loads = (load for program in self.everything for value in program.values for load in loads_of(value))
+        return sum(load.numel * ITEMSIZE[load.dtype] for load in loads)
 
     @property
     def bytes_written(self) -> int:
@@ -88,6 +96,7 @@ def plan_passes(plan: Plan, checked: Checked, keys: Mapping[str, str], leaves: M
             leaves=tuple(compiler.leaves),
             outputs=tuple(group),
             programs=tuple(programs),
+            inner=tuple(compiler.inner),
             batches=tuple(_batches(programs, group)),
         )
 

@@ -18,7 +18,7 @@ from sdmerge_build.errors import Issue, RecipeError, in_file_order, nearest, pri
 from sdmerge_build.recipe import FormError, Recipe, SourceTable, read_recipe
 from sdmerge_build.sources import UriError, page_of
 from sdmerge_build.sources.uri import RecipeAddress, parse_uri
-from sdmerge_build.steps import Call, Step, StepReader, complete_step, own_methods
+from sdmerge_build.steps import Call, Step, StepReader, complete_steps, own_methods
 
 __all__ = ["Origin", "Plan", "Step", "plan_file", "plan_recipe"]
 
@@ -115,7 +115,8 @@ def _planned(root: Recipe | None, only: Collection[str], issues: list[Issue], *,
     needed = set(wanted).union(*nx.bfs_layers(graph.reverse(copy=False), wanted))
     position = {full: n for n, full in enumerate(steps)}
     order = [full for full in nx.lexicographical_topological_sort(graph, position.__getitem__) if full in needed]
-    planned = {full: steps[full][0].step(steps[full][1], is_artifact=full in artifacts) for full in order}
+    made = {full: steps[full][0].steps(steps[full][1], is_artifact=full in artifacts) for full in order}
+    planned = {step.name: step for several in made.values() for step in several}
     reached = {i for step in planned.values() for i in step.inputs}
     sources = {file.prefix + name: (file, name) for file in shelf.files for name in file.recipe.table.source if file.prefix + name in reached}
     return Plan(
@@ -125,8 +126,13 @@ def _planned(root: Recipe | None, only: Collection[str], issues: list[Issue], *,
         sources={full: file.recipe.table.source[name] for full, (file, name) in sources.items()},
         steps=planned,
         wanted=tuple(wanted),
-        origins={full: Origin(file.recipe, name) for full, (file, name) in ({full: steps[full] for full in order} | sources).items()},
+        origins={full: Origin(file.recipe, name) for full, (file, name) in (_named(made, steps) | sources).items()},
     )
+
+
+def _named(made: Mapping[str, Collection[Step]], steps: Mapping[str, tuple[_File, str]]) -> dict[str, tuple[_File, str]]:
+    """Tell of every planned step by whom, and under which name, it was said."""
+    return {step.name: steps[full] for full, several in made.items() for step in several}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -163,17 +169,17 @@ class _File:
     def inputs(self, name: str) -> tuple[str, ...]:
         """List what a step is made of, by names of the plan."""
         call = self.calls[name]
-        return tuple(self.aliases.get(i, self.prefix + i) for i in call.inputs) if call else ()
+        return tuple(self.aliases.get(i, self.prefix + i) for i in (*call.inputs, *call.parts.values())) if call else ()
 
     def is_artifact(self, name: str, *, is_used: bool) -> bool:
         """Tell whether a step's result is kept: as it says, or as the defaults say, or when no other step of its recipe uses it."""
         said, default = self.recipe.table.step[name].artifact, self.recipe.table.defaults.artifact
         return said if said is not None else bool(default) or not is_used
 
-    def step(self, name: str, *, is_artifact: bool) -> Step:
-        """Complete a step."""
+    def steps(self, name: str, *, is_artifact: bool) -> tuple[Step, ...]:
+        """Complete a step, and the one that comes before it where its components are replaced."""
         full_name, inputs = self.prefix + name, self.inputs(name)
-        return complete_step(self.recipe, name, self.calls[name], full_name=full_name, inputs=inputs, is_artifact=is_artifact)
+        return complete_steps(self.recipe, name, self.calls[name], full_name=full_name, inputs=inputs, is_artifact=is_artifact)
 
 
 class _Shelf:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sdmerge_build.adapters.writing import carried
 from sdmerge_build.ancestry import concluded, licence_files, refusals, refuse_release
 from sdmerge_build.check import check
 from sdmerge_build.emit import can_reemit
@@ -168,7 +169,8 @@ def _raise_errors(prepared: Prepared) -> None:
 def _look_up_all(prepared: Prepared) -> None:
     """Describe what has become known, and look up what is asked for and has not been looked up."""
     plan, supply = prepared.plan, prepared.supply
-    prepared.described = describe_all(plan, {name: facts.tensors for name, facts in supply.facts.items()})
+    facts = supply.facts
+    prepared.described = describe_all(plan, {name: f.tensors for name, f in facts.items()}, {name: f.settings for name, f in facts.items()})
     for wish in prepared.wishes:
         if wish.state is not State.WANTED:
             continue
@@ -189,7 +191,7 @@ def _check_beforehand(prepared: Prepared) -> None:
     needed = sum(prepared.missing.values())
     for wish in (wish for wish in prepared.wishes if wish.state is State.WANTED):
         name = wish.step.name
-        needed += sum(spec.nbytes for spec in checked.tensors.get(name, {}).values())
+        needed += sum(spec.nbytes for spec in checked.tensors.get(name, checked.factors.get(name, {})).values())
         if issues := [issue for ancestor in plan.ancestors(name) for issue in checked.issues.get(ancestor, ())]:
             wish.state, wish.error = State.FAILED, RecipeError(*issues)
             errors.append(wish.error)
@@ -201,8 +203,21 @@ def _check_beforehand(prepared: Prepared) -> None:
 def _rehearsed(plan: Plan, options: Options, watcher: Watcher) -> Plan:
     if options.rehearse == "full":
         watcher.note("making full-size stand-ins, several gigabytes, where they are not there yet")
-    sources = stand_ins(plan.architecture, plan.sources, options.rehearse, options.store_root / "sources")
+    sources = stand_ins(plan.architecture, plan.sources, _adapters(plan), options.rehearse, options.store_root / "sources")
     return replace(plan, sources=sources)
+
+
+def _adapters(plan: Plan) -> set[str]:
+    """List the sources that must be adapters, by what the recipe does with them or says of them."""
+    found = {name for name, source in plan.sources.items() if source.adapter}
+    stack = [name for step in plan.steps.values() for name in step.adapters]
+    while stack:
+        name = stack.pop()
+        if name in plan.sources:
+            found.add(name)
+        elif plan.steps[name].method.name == "formula":  # a sum of adapters
+            stack += plan.steps[name].inputs
+    return found
 
 
 def _refuse_releases(prepared: Prepared, *, is_final: bool) -> None:
@@ -279,6 +294,7 @@ def _changed_facts(wish: Wish, prepared: Prepared) -> Iterator[str]:
 
 def _changed_metadata(stored: Stored, metadata: dict[str, str]) -> list[str]:
     old = read_header(stored.path).metadata
+    metadata = carried(old, metadata)
     names = sorted(name for name in {*old, *metadata} if old.get(name) != metadata.get(name))
     names = [name for name in names if name not in _DERIVED] or names  # these repeat what other fields say
     return [f"metadata.{name} = {_brief(old.get(name))} → {_brief(metadata.get(name))}" for name in names]

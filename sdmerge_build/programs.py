@@ -11,16 +11,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdmerge_build.check import Checked, Operation
+from sdmerge_build.adapters import Change
 from sdmerge_build.files import Snapshot
 from sdmerge_build.methods import Method
-from sdmerge_build.plan import Plan
 from sdmerge_build.tensorfile import Header
 
-__all__ = ["SLICE", "Apply", "Compiler", "Emit", "Fit", "Leaf", "Load", "Program", "Round", "Value", "args_of", "grain_of"]
+__all__ = [
+    "SLICE",
+    "Alteration",
+    "Apply",
+    "Bake",
+    "Count",
+    "Emit",
+    "Fit",
+    "Leaf",
+    "Load",
+    "Move",
+    "Program",
+    "Round",
+    "Value",
+    "args_of",
+    "grain_of",
+    "last_used",
+    "loads_of",
+    "moves_of",
+]
 
 SLICE = 128 << 10
 """Elements evaluated at once. Measured: a third of this is slower for Python's overhead, eight times this for missing the cache."""
+
+_BAKED = 1 << 20
+"""Elements evaluated at once where factors of adapters are multiplied: products of few rows read the other factor too often."""
 
 _USUALLY_ALIVE = 8
 """Values of a program that may be alive at once before slices shrink."""
@@ -59,6 +80,33 @@ class Apply:
     saturates: bool  # whether what is too large becomes the largest number
     step: str  # whose survey the method may ask for
 
+    @property
+    def cut(self) -> str:
+        """Say where the tensor may be cut."""
+        return self.method.cut
+
+
+@dataclass(frozen=True, slots=True)
+class Alteration:
+    """A change of an adapter, with its factors as they lie in a leaf: role → where, and its shape."""
+
+    change: Change
+    factors: Mapping[str, tuple[Load, tuple[int, ...]]]
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bake:
+    """Apply changes of adapters to an earlier value, one after the other, and round once to `dtype`."""
+
+    arg: int
+    alterations: tuple[Alteration, ...]
+    compute: str
+    dtype: str
+    shape: tuple[int, ...]
+    saturates: bool
+    cut: str
+
 
 @dataclass(frozen=True, slots=True)
 class Round:
@@ -79,7 +127,21 @@ class Fit:
     under: int | None
 
 
-Value = Load | Apply | Round | Fit
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Count from 0, in whole numbers of 64 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Take elements that inner programs make, one run after the other; or all of one, turned."""
+
+    runs: tuple[tuple[int, int, int], ...]  # the inner program, the first element, and how many
+    turned: tuple[int, ...]  # the shape of what is turned; nothing where nothing is
+    dtype: str
+
+
+Value = Load | Apply | Bake | Round | Fit | Count | Move
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,100 +179,25 @@ class Program:
             alive += 1
             most = max(most, alive)
             alive -= len(dead)
-        return max(self.grain, SLICE * _USUALLY_ALIVE // max(_USUALLY_ALIVE, most) // self.grain * self.grain)
-
-
-class Compiler:
-    """Turns steps into programs, tensor by tensor."""
-
-    def __init__(self, plan: Plan, checked: Checked, keys: Mapping[str, str], leaves: Mapping[str, Leaf]) -> None:
-        self._plan = plan
-        self._checked = checked
-        self._keys = keys
-        self._leaf_of = leaves
-        self._ids: dict[str, int] = {}
-        self.leaves: list[Leaf] = []
-
-    def program(self, tensor: str, targets: Sequence[tuple[int, str, int]]) -> Program:
-        """Compile one tensor for `targets`: output, whose tensor it is, and the position of its first byte there. All have one shape."""
-        values: list[Value] = []
-        made: dict[str, int] = {}  # tensor key → value
-        emits = [Emit(output, self._value(name, tensor, values, made), start) for output, name, start in targets]
-        shape = self._checked.tensors[targets[0][1]][tensor].shape
-        return Program(tensor, shape, tuple(values), tuple(emits), _last_used(values, emits), grain_of(values, math.prod(shape)))
-
-    def _value(self, wanted: str, tensor: str, values: list[Value], made: dict[str, int]) -> int:
-        """Append whatever it takes to make one tensor of a source or step, and return its position. Deep chains need no deep stack."""
-        stack = [wanted]
-        while stack:
-            name = stack[-1]
-            key = self._keys[name]
-            if key in made:
-                stack.pop()
-            elif name in self._leaf_of:
-                made[key] = _append(values, self._load(name, tensor))
-                stack.pop()
-            else:
-                operation, inputs = self._checked.operations[name][tensor], self._plan.steps[name].inputs
-                lacking = [inputs[n] for n in operation.reads if self._keys[inputs[n]] not in made]
-                if lacking:
-                    stack += lacking
-                    continue
-                args = [made[self._keys[i]] if n in operation.reads else None for n, i in enumerate(inputs)]
-                made[key] = self._operation(name, tensor, operation, args, values)
-                stack.pop()
-        return made[self._keys[wanted]]
-
-    def _load(self, name: str, tensor: str) -> Load:
-        leaf = self._leaf_of[name]
-        if name not in self._ids:
-            self._ids[name] = len(self.leaves)
-            self.leaves.append(leaf)
-        spec = leaf.header.tensors[tensor]
-        return Load(self._ids[name], leaf.header.data_start + spec.offset, spec.dtype, spec.numel)
-
-    def _operation(self, name: str, tensor: str, operation: Operation, args: list[int | None], values: list[Value]) -> int:
-        """Append what one step does to one tensor, and return the position of its result."""
-        step = self._plan.steps[name]
-        saturates = step.nonfinite == "saturate"
-        if operation.copied is not None:
-            arg = args[operation.copied]
-            assert arg is not None, "BUG: a copied tensor is read"
-            return _append(values, Round(arg, operation.dtype, saturates))
-        shapes = [self._checked.tensors[i][tensor].shape for i in step.inputs]
-        rest = None
-        if operation.area != operation.shape:
-            rest = args[shapes.index(operation.shape)]
-            assert rest is not None, "BUG: the tensor that is pasted into is read"
-        for n, arg in enumerate(args):
-            if arg is not None and shapes[n] != operation.area:
-                args[n] = _append(values, Fit(arg, shapes[n], operation.area, None))
-        apply = Apply(step.method, tuple(args), operation.params, step.compute, operation.dtype, operation.area, saturates, name)
-        made = _append(values, apply)
-        if rest is None:
-            return made
-        under = _append(values, Round(rest, operation.dtype, saturates))
-        return _append(values, Fit(made, operation.area, operation.shape, under))
-
-
-def _append(values: list[Value], value: Value) -> int:
-    values.append(value)
-    return len(values) - 1
+        wanted = SLICE * _USUALLY_ALIVE // max(_USUALLY_ALIVE, most)
+        if any(isinstance(value, Bake) for value in self.values):
+            wanted = max(wanted, _BAKED)
+        return max(self.grain, wanted // self.grain * self.grain)
 
 
 def grain_of(values: Sequence[Value], numel: int) -> int:
     """Find how many elements no slice may divide. Multiples of eight keep every dtype aligned."""
     grain = 8
     for value in values:
-        if isinstance(value, Fit):
+        if isinstance(value, Fit) or (isinstance(value, Move) and value.turned):
             return max(1, numel)
-        if isinstance(value, Apply) and value.shape:
-            row = {"rows": value.shape[-1], "filters": math.prod(value.shape[1:])}.get(value.method.cut, 1)
+        if isinstance(value, (Apply, Bake)) and value.shape:
+            row = {"rows": value.shape[-1], "filters": math.prod(value.shape[1:])}.get(value.cut, 1)
             grain = math.lcm(grain, max(1, row))
     return grain
 
 
-def _last_used(values: Sequence[Value], emits: Sequence[Emit]) -> tuple[tuple[int, ...], ...]:
+def last_used(values: Sequence[Value], emits: Sequence[Emit]) -> tuple[tuple[int, ...], ...]:
     """Find for each value which earlier ones it is the last to need; what is emitted is needed to the end."""
     needed = {emit.value for emit in emits}
     dead: list[tuple[int, ...]] = []
@@ -226,8 +213,23 @@ def args_of(value: Value) -> set[int]:
     match value:
         case Apply():
             return {arg for arg in value.args if arg is not None}
-        case Round():
+        case Round() | Bake():
             return {value.arg}
         case Fit():
             return {value.arg} if value.under is None else {value.arg, value.under}
     return set()
+
+
+def moves_of(program: Program) -> set[int]:
+    """List the inner programs that one takes elements of."""
+    return {inner for value in program.values if isinstance(value, Move) for inner, _, _ in value.runs}
+
+
+def loads_of(value: Value) -> list[Load]:
+    """List what is read from files for a value."""
+    match value:
+        case Load():
+            return [value]
+        case Bake():
+            return [load for alteration in value.alterations for load, _ in alteration.factors.values()]
+    return []

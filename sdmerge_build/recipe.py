@@ -61,6 +61,9 @@ class SourceTable(Table):
     sha256: Hex64 | None = Field(None, description="The sha256 of the whole file, 64 hex digits.")
     blake3: Hex64 | None = Field(None, description="The blake3 of the whole file, 64 hex digits.")
     architecture: Text | None = Field(None, description="Its variant, where others of the recipe are another: `sd1/inpainting`.")
+    adapter: bool | None = Field(
+        None, description="Whether it is an adapter, such as a LoRA. Its file tells; rehearsals must be told where a formula names it."
+    )
     license: Text | None = Field(None, description="Its licence, as its author declares it.")
     credit: Text | None = Field(None, description="Whom to credit.")
     homepage: Text | None = Field(None, description="Its page, for people.")

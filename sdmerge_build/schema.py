@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sdmerge_build.architectures import architecture_names
+from sdmerge_build.architectures import ARCHITECTURES, architecture_named, architecture_names
 from sdmerge_build.methods import Parameter, methods
 from sdmerge_build.recipe import RecipeTable
 
@@ -61,6 +61,7 @@ _RATIO = {
     ]
 }
 _NAME = {"type": "string", "description": "The name of a source or step."}
+_COMPONENT = {"type": "string", "description": "The source or step that this component is taken from."}
 _KINDS: dict[str, dict[str, Any]] = {
     "Selection": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
     "bool": {"type": "boolean"},
@@ -93,11 +94,14 @@ def recipe_schema() -> dict[str, Any]:
     for method in methods().values():
         kinds = dict.fromkeys(method.models, _NAME) | {parameter.name: _kind(parameter) for parameter in method.parameters.values()}
         if method.is_open:
-            kinds["models"] = {"type": "array", "items": _NAME}
+            kinds[method.rest] = {"type": "array", "items": _NAME}
         for name, kind in kinds.items():
             known = fields.setdefault(name, {"anyOf": []})["anyOf"]
             if kind not in known:
                 known.append(kind)
+    for component in dict.fromkeys(component for name in ARCHITECTURES for component in architecture_named(name).components):
+        known = fields.setdefault(component, {"anyOf": []})["anyOf"]
+        known += [kind for kind in [_COMPONENT] if kind not in known]
     built_in = {"properties": {"method": {"enum": list(methods())}}, "propertyNames": {"enum": list(fields)}}
     schema["if"] = {"required": ["methods"]}  # methods of one's own have names and fields that nobody else knows
     schema["else"] = {"properties": {"step": {"additionalProperties": built_in}}}

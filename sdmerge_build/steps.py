@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sdmerge_build.architectures import Architecture
+from sdmerge_build.architectures import ARCHITECTURES, Architecture, architecture_named
 from sdmerge_build.dtypes import Dtypes, read_dtypes
 from sdmerge_build.errors import IntegrityError, Issue, nearest
 from sdmerge_build.formula import FormulaError, evaluate, names_in, parse_formula, show
 from sdmerge_build.methods import RANGES, REQUIRED, Method, Parameter, methods
 from sdmerge_build.methods.documentation import found_for
+from sdmerge_build.methods.moves import bad_pattern
 from sdmerge_build.methods.own import OwnError, installed_methods, methods_in, pin_of
 from sdmerge_build.recipe import Recipe, StepTable
 from sdmerge_build.weights.ratio import MAX_ENTRIES, RatioError, read_ratio
 
-__all__ = ["Call", "Step", "StepReader", "complete_step", "own_methods"]
+__all__ = ["Call", "Step", "StepReader", "complete_steps", "own_methods"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,12 @@ class Step:
     title: str
     about: Mapping[str, str]  # author, description and license, where said
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """List the inputs that must be adapters; others may be, where a sum of them means something."""
+        rest = self.inputs[len(self.method.models) :] if self.method.rest == "adapters" else ()
+        return (*(i for i, role in zip(self.inputs, self.roles, strict=True) if role == "adapter"), *rest)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
@@ -51,10 +58,24 @@ class Call:
     inputs: tuple[str, ...]
     roles: tuple[str, ...]
     params: Mapping[str, Any]
+    parts: Mapping[str, str]  # components that are replaced afterwards, and by whose
 
 
-def complete_step(recipe: Recipe, name: str, call: Call | None, *, full_name: str, inputs: tuple[str, ...], is_artifact: bool) -> Step:
-    """Complete a call with the step's fields and its recipe's defaults; `full_name` and `inputs` are names in the plan."""
+def complete_steps(recipe: Recipe, name: str, call: Call | None, *, full_name: str, inputs: tuple[str, ...], is_artifact: bool) -> tuple[Step, ...]:
+    """Complete a call with the step's fields and its recipe's defaults; `full_name` and `inputs` are names in the plan.
+
+    Where components are replaced afterwards, that is a step of its own, after one that nobody named. That one has the same dtype: what is
+    computed is rounded once.
+    """
+    step = _complete_step(recipe, name, call, full_name=full_name, inputs=inputs, is_artifact=is_artifact)
+    if call is None or not call.parts:
+        return (step,)
+    count = len(inputs) - len(call.parts)
+    made = replace(step, name=f"{full_name} (merged)", inputs=inputs[:count], is_artifact=False, about={})
+    return made, replace(step, method=methods()["parts"], inputs=(made.name, *inputs[count:]), roles=("base", *call.parts), params={})
+
+
+def _complete_step(recipe: Recipe, name: str, call: Call | None, *, full_name: str, inputs: tuple[str, ...], is_artifact: bool) -> Step:
     assert call is not None, "BUG: a step without meaning was planned"
     said, defaults = recipe.table.step[name], recipe.table.defaults
 
@@ -156,8 +177,11 @@ class StepReader:
                 self._issues.append(Issue(where=self._recipe.where(*address), what=what, hint=hint))
 
     def _formula(self, name: str, step: StepTable) -> Call | None:
-        for field in step.model_extra or {}:
-            self._complain(name, field, what=f"step `{name}` has an unknown field `{field}`", hint=nearest(field, StepTable.model_fields))
+        given = dict(step.model_extra or {})
+        parts = self._parts(name, given)
+        for field in given:
+            hint = self._components_hint(field) or nearest(field, [*StepTable.model_fields, *self._architecture.components])
+            self._complain(name, field, what=f"step `{name}` has an unknown field `{field}`", hint=hint)
         try:
             expression = parse_formula(step.formula or "", self._names)
         except FormulaError as error:
@@ -170,7 +194,7 @@ class StepReader:
             return evaluate(expression, dict(zip(inputs, models, strict=True)))
 
         method = Method(name="formula", version=1, function=apply, models=(), parameters={}, title="Evaluate a formula.")
-        return Call(method=method, inputs=inputs, roles=roles, params={"formula": text})
+        return Call(method=method, inputs=inputs, roles=roles, params={"formula": text}, parts=parts)
 
     def _method(self, name: str, step: StepTable) -> Call | None:
         known = {**methods(), **self._own}
@@ -184,23 +208,44 @@ class StepReader:
         given = dict(step.model_extra or {})
         inputs: list[str] = []
         for role in method.roles:
+            if role not in given and method.gathers:  # what everything else is taken from may be left out
+                continue
             if role not in given:
-                self._complain(name, what=f"step `{name}` lacks `{role}`, {'models' if role == 'models' else 'a model'} that `{method.name}` needs")
+                self._complain(name, what=f"step `{name}` lacks `{role}`, {role if role == method.rest else 'a model'} that `{method.name}` needs")
             said = given.pop(role, None)
-            inputs += self._inputs(name, role, said, several=role == "models" and method.is_open) if said is not None else ()
+            inputs += self._inputs(name, role, said, several=role == method.rest) if said is not None else ()
         count = len(said) if method.is_open and isinstance(said, list) else None
         params = {p.name: self._param(name, p, given.pop(p.name, p.default), count) for p in method.parameters.values()}
         if method.is_open and method.models == ("base",) and inputs[:1] and inputs[0] in inputs[1:]:
             what = f"step `{name}` names `{inputs[0]}` as `base` and among `models`"
             self._complain(name, "models", what=what, hint="leave it out of `models`; mergekit does so by itself")
+        parts = self._parts(name, given)
+        if method.gathers and not parts:
+            hint = self._components_hint("") or "an architecture without components has no parts"
+            self._complain(name, what=f"step `{name}` names no component", hint=hint)
         for field in given:
             fields = [*method.roles, *method.parameters]
             foreign = next((ours for ours in _FOREIGN.get(field, ()) if ours in fields), "")
-            hint = f"here it is `{foreign}`" if foreign else nearest(field, [*fields, *StepTable.model_fields])
+            hint = f"here it is `{foreign}`" if foreign else self._components_hint(field)
+            hint = hint or nearest(field, [*fields, *StepTable.model_fields, *self._architecture.components])
             hint = hint or (f"its fields are {', '.join(fields)}" if fields else "models stand before a `/` in its function, fields behind a `*`")
             self._complain(name, field, what=f"step `{name}` has an unknown field `{field}`", hint=hint)
+        if method.gathers:
+            roles = (*method.models[: len(inputs)], *parts)
+            return Call(method=method, inputs=(*inputs, *parts.values()), roles=roles, params=params, parts={})
         roles = (*method.models, *(str(n) for n in range(1, len(inputs) - len(method.models) + 1)))
-        return Call(method=method, inputs=tuple(inputs), roles=roles, params=params)
+        return Call(method=method, inputs=tuple(inputs), roles=roles, params=params, parts=parts)
+
+    def _parts(self, name: str, given: dict[str, Any]) -> dict[str, str]:
+        """Take what names components out of a step's fields: whose each is to be, in the architecture's order."""
+        named = {component: given.pop(component) for component in self._architecture.components if component in given}
+        return {component: i for component, value in named.items() for i in self._inputs(name, component, value, several=False)}
+
+    def _components_hint(self, field: str) -> str:
+        """List the components for a field that is one elsewhere; all fields are, where no field is named."""
+        components = self._architecture.components
+        is_one = not field or any(field in architecture_named(name).components for name in ARCHITECTURES)
+        return f"components of {self._architecture.title} are {', '.join(components)}" if components and is_one else ""
 
     def _installed(self, name: str, wanted: str) -> Method | None:
         """Look for a method among those of installed packages."""
@@ -267,7 +312,9 @@ class StepReader:
             raise RatioError(f"has more than {MAX_ENTRIES} entries")
         components = self._architecture.components
         for item in items:
-            if components and item not in components and not set(item) & set("*?[."):
+            if what := bad_pattern(item):
+                raise RatioError(what)
+            if components and item not in components and not set(item) & set("*?[./"):
                 message = f"names `{item}`, which is neither a component of {self._architecture.title} nor a glob"
                 raise RatioError(message, nearest(item, components) or f"components are {', '.join(components)}")
         return tuple(sorted(set(items)))

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from sdmerge_build.check import Checked
+from sdmerge_build.compiling import Compiler
 from sdmerge_build.errors import Issue, SdbuildError
 from sdmerge_build.evaluate import Evaluator
 from sdmerge_build.methods import Findings, Method
 from sdmerge_build.plan import Plan, Step
-from sdmerge_build.programs import Apply, Compiler, Leaf, Program, grain_of
+from sdmerge_build.programs import Apply, Leaf, Program, grain_of
 
 __all__ = ["Models", "conduct"]
 
@@ -89,7 +90,7 @@ class Models:
         """Return one model's tensor, in its own shape."""
         program = self._program(name)
         emit = program.emits[model]
-        evaluator = Evaluator([program], self.architecture, self._findings)
+        evaluator = Evaluator([program], self._compiler.inner, self.architecture, self._findings)
         value = evaluator.evaluate(0, 0, program.numel, self._files(), {emit.value}, {})[emit.value]
         return value.to(torch.float64 if self._step.compute == "fp64" else torch.float32).view(program.shape)
 
@@ -102,7 +103,7 @@ class Models:
         row = replace(
             program, values=(*program.values, apply), last_used=(*program.last_used, ()), grain=grain_of([*program.values, apply], program.numel)
         )
-        return Evaluator([row], self.architecture, self._findings).conclusion(0, len(program.values), self._files())
+        return Evaluator([row], self._compiler.inner, self.architecture, self._findings).conclusion(0, len(program.values), self._files())
 
     def map(self, function: Callable[[str], T], names: Iterable[str]) -> list[T]:
         """Apply a function to names in threads; results come in the order of names."""

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import stat
+import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 from sdmerge_build.dtypes import ITEMSIZE
 from sdmerge_build.errors import IntegrityError, Issue
 
-__all__ = ["Header", "Layout", "Spec", "file_order", "header_length", "lay_out", "parse_header", "read_header"]
+__all__ = ["Header", "Layout", "Spec", "file_order", "header_length", "lay_out", "parse_header", "read_header", "read_number"]
 
 MAX_HEADER = 50_000_000  # bytes; half of the reference reader's cap, a hundred times the largest real header
 MAX_FOREIGN = 16 << 20  # bytes of a header that is not plain ASCII, which takes four times its size in memory
@@ -28,6 +29,7 @@ MAX_FIELDS = 500_000  # a hundred times the largest real checkpoint; keeps a hos
 MAX_NAME = 1024
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 _MOST_COMPLAINTS = 5
+_NUMBERS = {"F64": "<d", "F32": "<f", "BF16": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}  # as `struct` calls them
 _HALF = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 
 
@@ -115,6 +117,19 @@ def read_header(path: Path) -> Header:
         file.seek(8)
         raw = file.read(length)
     return parse_header(raw, file_size, str(path))
+
+
+def read_number(path: Path, header: Header, name: str) -> float:
+    """Read a tensor of one number, such as an adapter's alpha; NaN where it is no number of a common dtype."""
+    spec = header.tensors[name]
+    if spec.numel != 1 or spec.dtype not in _NUMBERS:
+        return math.nan
+    with path.open("rb") as file:
+        file.seek(header.data_start + spec.offset)
+        raw = file.read(spec.nbytes)
+    if spec.dtype == "BF16":
+        raw = b"\0\0" + raw  # the upper half of a float32
+    return float(struct.unpack(_NUMBERS[spec.dtype], raw)[0])
 
 
 def header_length(start: bytes, file_size: int, where: str) -> int:

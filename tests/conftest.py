@@ -19,9 +19,10 @@ from hubs import Hubs, hubs  # noqa: F401  a fixture
 from hypothesis import settings
 from safetensors.torch import load_file
 
-from sdmerge_build.build import Report, build
+from sdmerge_build.build import build
 from sdmerge_build.events import Silent
 from sdmerge_build.prepare import Options
+from sdmerge_build.report import Report
 from sdmerge_build.supply import Reach
 
 settings.register_profile("sdbuild", deadline=None)  # machines are busy; nothing here is about time

@@ -17,11 +17,12 @@ from conftest import Space, hubs  # noqa: F401  a fixture
 from hubs import HubFile, Hubs, Request
 from safetensors.torch import save
 
-from sdmerge_build.build import Report, build, plan_build
+from sdmerge_build.build import build, plan_build
 from sdmerge_build.events import Silent
 from sdmerge_build.lock import Entry, lock_path, read_lock
 from sdmerge_build.prepare import Options
 from sdmerge_build.provision import Locked, fetch_sources, lock_sources
+from sdmerge_build.report import Report
 from sdmerge_build.sources import Found
 from sdmerge_build.supply import Reach
 

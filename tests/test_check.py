@@ -29,11 +29,11 @@ def test_sdxl_in_an_sd1_recipe_is_named_as_such(space: Space):
 
 
 def test_a_lora_in_place_of_a_checkpoint_is_named(space: Space):
-    """A LoRA is recognised as one."""
+    """A LoRA is recognised as one, and one of something else as that."""
     space.pair()
     space.checkpoint("B", {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(8, 8)})
 
-    assert "source `B` is a LoRA, not a Stable Diffusion 1.x checkpoint" in complaints(space)
+    assert "adapter `B`: 1 of its 1 tensors match nothing of Stable Diffusion 1.x" in complaints(space)
 
 
 def test_a_part_of_a_checkpoint_says_what_it_lacks(space: Space):

@@ -46,7 +46,7 @@ def usual(parameter: Parameter) -> Any:
     """Give a parameter a value that does something: numbers of no special meaning, and defaults for the rest."""
     if parameter.ratio:
         return 0.35 if parameter.default is REQUIRED or parameter.default in {0, 1} else parameter.default
-    return parameter.default
+    return parameter.words[0] if parameter.words and parameter.default is REQUIRED else parameter.default
 
 
 def golden_digest(name: str) -> str:
@@ -132,9 +132,12 @@ def test_exact_methods_have_the_same_bytes_on_every_cpu(capability):
 def test_every_method_does_something_of_its_own():
     """
     No two methods make the same of the pinned models, but those that differ elsewhere only: by shape, or for models that are nearly parallel.
+
+    Those that move tensors decide by name, and are not asked.
     """
     seen: dict[str, list[str]] = {}
     for name, digests in tomllib.loads(GOLDEN.read_text()).items():
-        seen.setdefault(next(reversed(digests.values())), []).append(name)
+        if not methods()[name].moves:
+            seen.setdefault(next(reversed(digests.values())), []).append(name)
 
     assert [names for names in seen.values() if len(names) > 1] == [["model_stock_filters", "model_stock_rows"], ["slerp_vectors", "nuslerp"]]

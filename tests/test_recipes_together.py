@@ -16,12 +16,12 @@ import torch
 from conftest import Space, states
 
 from sdmerge_build import plan as planning
-from sdmerge_build.build import Report
 from sdmerge_build.cli import _run
 from sdmerge_build.errors import Issue, RecipeError
 from sdmerge_build.lineage import readable_formula
 from sdmerge_build.plan import Origin, Plan, Step, plan_file, plan_recipe
 from sdmerge_build.recipe import read_recipe
+from sdmerge_build.report import Report
 from sdmerge_build.steps import Step as StepOfSteps
 
 HEAD = 'recipe = 1\narchitecture = "sd1"\n'

@@ -10,13 +10,14 @@ from typing import Any
 
 import click
 
-from sdmerge_build.build import Report, build, plan_build
+from sdmerge_build.build import build, plan_build
 from sdmerge_build.cli.reaching import reach_from, store_from
 from sdmerge_build.console import issues_as_json, print_issues, print_json, report_as_json, report_as_text, watcher_for
 from sdmerge_build.errors import Issue, RecipeError, SdbuildError
 from sdmerge_build.plan import plan_file
 from sdmerge_build.prepare import Options
 from sdmerge_build.rehearse import SIZES
+from sdmerge_build.report import Report
 
 __all__ = ["build_command"]
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sdmerge_build.architectures import recognise
+from sdmerge_build.architectures import GENERIC, Architecture, recognise
+from sdmerge_build.architectures.components import Components, recognise_components
 from sdmerge_build.claims import read_claims
 from sdmerge_build.cli.reaching import reach_from, store_from
 from sdmerge_build.console import print_json, watcher_for
@@ -95,21 +96,36 @@ def _converted(file: Path, watcher: Watcher) -> tuple[Header, Digests, int]:
 def _facts(header: Header) -> dict[str, Any]:
     """Summarise a header by component."""
     architecture = recognise(header.tensors)
+    alone = recognise_components(header.tensors.keys()) if architecture.name == GENERIC else []
+    component_of = _components_of(*alone[0]) if alone else {}
     components: dict[str, dict[str, Any]] = defaultdict(lambda: {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": Counter()})
     for spec in header.tensors.values():
-        component = components[architecture.component_of(spec.name)]
+        component = components[component_of.get(spec.name) or architecture.component_of(spec.name)]
         component["tensors"] += 1
         component["parameters"] += spec.numel
         component["bytes"] += spec.nbytes
         component["dtypes"][spec.dtype] += 1
     return {
         "architecture": architecture.name,
-        "title": architecture.title,
+        "title": _title(alone) if alone else architecture.title,
+        "components_of": [family.name for family, _ in alone],
         "tensors": len(header.tensors),
         "parameters": sum(spec.numel for spec in header.tensors.values()),
         "dtypes": dict(sorted(Counter(spec.dtype for spec in header.tensors.values()).items())),
         "components": {name: components[name] for name in sorted(components)},
     }
+
+
+def _components_of(architecture: Architecture, alone: Components) -> dict[str, str]:
+    """Name the component of every tensor of a file that is none of a whole checkpoint."""
+    return {name: architecture.component_of(tensor) for tensor, made in alone.tensors.items() for name in made.names}
+
+
+def _title(alone: Sequence[tuple[Architecture, Components]]) -> str:
+    """Say what a file of some components is; the VAEs of several architectures have the same names."""
+    architecture, found = alone[0]
+    kind = " and ".join(sorted(set(_components_of(architecture, found).values())))
+    return f"{kind} by itself, in {found.naming} naming, as in {' and '.join(family.title for family, _ in alone)}"
 
 
 def _lineage(metadata: Mapping[str, str]) -> Any:

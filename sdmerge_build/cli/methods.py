@@ -49,7 +49,7 @@ def _installed() -> Mapping[str, Method]:
 
 def signature(method: Method) -> str:
     """Write a method's fields as a step would hold them."""
-    return f"{method.name}({', '.join([*method.roles, *method.parameters])})"
+    return f"{method.name}({', '.join([*method.roles, *([f'{method.gathers}…'] if method.gathers else []), *method.parameters])})"
 
 
 def _explained(method: Method) -> Iterator[str]:
@@ -61,7 +61,9 @@ def _explained(method: Method) -> Iterator[str]:
     yield ""
     width = max(len(name) for name in (*method.roles, *method.parameters)) + 2
     for role in method.roles:
-        yield f"  {role:{width}}{'a list of sources or steps' if role == 'models' and method.is_open else 'a source or step'}"
+        yield f"  {role:{width}}{'a list of sources or steps' if role == method.rest else 'a source or step'}"
+    if method.gathers:
+        yield "  vae, …  a source or step, for each component of the architecture that is named"
     for parameter in method.parameters.values():
         default = default_of(parameter)
         yield f"  {parameter.name:{width}}{kind_of(parameter)}{f'; {default} unless said' if default else ''}"
@@ -95,6 +97,7 @@ def _described(name: str) -> Iterator[str]:
         )
     architecture = architecture_named(name)
     yield architecture.title
+    yield f"components: {', '.join(architecture.components) or 'none'}"
     yield from _places(architecture) if architecture.blocks else ("", "no blocks: ratios are numbers, or tables with `base`, `elemental` and `rules`")
     for title, names in architecture.lists.items():
         shown = [word or "(dropped)" for word in names]

@@ -50,6 +50,9 @@ MODULES = (
     "rebasin",
     "finishing",
     "copying",
+    "parts",
+    "baking",
+    "extraction",
 )
 """The built-in files of methods, in the order people read about them."""
 
@@ -150,12 +153,17 @@ class Method:
     version: int
     function: Callable[..., Any]
     models: tuple[str, ...]  # names of the positional models
-    is_open: bool = False  # whether any number of `models` follows them
+    rest: str = ""  # what may follow them in any number: `models` or `adapters`
     parameters: Mapping[str, Parameter]
     title: str
     selects: Callable[..., bool] | None = None
     """Given a tensor's name, its component and the parameters, tells whether the result has that tensor."""
+    moves: Callable[..., Any] | None = None
+    """Given the models' names and shapes, the architecture and the parameters, tells of which tensors each of the result is made, unchanged."""
+    gathers: str = ""  # what it calls models that are given under the names of components
     cut: str = "anywhere"
+    makes_adapter: bool = False
+    """Whether its result is an adapter, which is made in one piece, and not by its function."""
     pinned: bool = False
     """Whether its bytes are promised for one version of torch on one kind of machine only; otherwise it is `exact`."""
     survey: Survey | None = None
@@ -173,7 +181,12 @@ class Method:
     @property
     def roles(self) -> tuple[str, ...]:
         """Name the fields of a step that hold models."""
-        return (*self.models, *(("models",) if self.is_open else ()))
+        return (*self.models, *filter(None, [self.rest]))
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether it takes any number of models or adapters."""
+        return bool(self.rest)
 
 
 _BUILT_IN: dict[str, Method] = {}
@@ -184,7 +197,9 @@ def method(
     *,
     version: int,
     selects: Callable[..., bool] | None = None,
+    moves: Callable[..., Any] | None = None,
     cut: str = "anywhere",
+    makes_adapter: bool = False,
     pinned: bool = False,
     survey: Survey | None = None,
     needs: str = "",
@@ -201,6 +216,9 @@ def method(
 
     def register(function: Function) -> Function:
         signature = inspect.signature(function).parameters.values()
+        if function.__name__ in _collected.get():
+            message = f"there is a method `{function.__name__}` already"
+            raise ValueError(message)
         if unknown := [name for name in (survey.parameters if survey else ()) if name not in {p.name for p in signature}]:
             message = f"its survey asks for `{unknown[0]}`, which `{function.__name__}` does not have"
             raise ValueError(message)
@@ -210,11 +228,14 @@ def method(
             version=version,
             function=function,
             models=tuple(p.name for p in signature if p.kind is p.POSITIONAL_ONLY),
-            is_open=any(p.kind is p.VAR_POSITIONAL for p in signature),
+            rest=next((p.name for p in signature if p.kind is p.VAR_POSITIONAL), ""),
             parameters={p.name: _parameter(p) for p in signature if keywords.get(p.name, "Place") not in {"Place", "Findings"}},
             title=(inspect.getdoc(function) or "").partition("\n")[0],
             selects=selects,
+            moves=moves,
+            gathers=next((p.name for p in signature if p.kind is p.VAR_KEYWORD), ""),
             cut=cut,
+            makes_adapter=makes_adapter,
             pinned=pinned,
             survey=survey,
             needs=needs,

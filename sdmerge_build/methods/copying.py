@@ -5,10 +5,10 @@ Has never heard of files; what `copy` leaves out never reaches a layout.
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from sdmerge_build.methods import Selection, method
+from sdmerge_build.methods.moves import is_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,18 +18,14 @@ __all__ = ["copy"]
 
 def _is_copied(tensor: str, component: str, *, pick: Selection, drop: Selection) -> bool:
     """Tell whether `copy` keeps a tensor: picked, and not dropped."""
-
-    def named(selection: Selection) -> bool:
-        return any(component == pattern or fnmatchcase(tensor, pattern) for pattern in selection)
-
-    return named(pick) and not named(drop)
+    return is_named(pick, tensor, component) and not is_named(drop, tensor, component)
 
 
 @method(version=1, selects=_is_copied)
 def copy(a: Tensor, /, *, pick: Selection = ("*",), drop: Selection = ()) -> Tensor:
     """Copy a model: convert its dtype, pick or drop components or tensors.
 
-    pick: what is copied: components of the architecture, or globs over tensor names.
+    pick: what is copied: components of the architecture, globs over tensor names, or regular expressions between slashes.
     drop: what of it is left out.
 
     Origin: AUTOMATIC1111 "No interpolation".

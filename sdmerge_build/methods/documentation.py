@@ -26,13 +26,15 @@ FAMILIES = {
     "order of channels": ("rebasin",),
     "finishing": ("finishing",),
     "one model": ("copying",),
+    "parts of models": ("parts",),
+    "adapters": ("baking", "extraction"),
 }
 """What the files of methods are about, for people who look for one."""
 
 _ENTRY = re.compile(r"(\w+): (.*)")
 _RANGES = {"Ratio": "a number", "Unit": "a number from 0 to 1", "Positive": "a number, not negative"}
 _KINDS = {
-    "Selection": "a list of components, or globs over tensor names",
+    "Selection": "a list of components, globs over tensor names, or /regular expressions/",
     "Seed": "a whole number, not negative",
     "int": "a whole number",
     "bool": "true or false",
@@ -120,7 +122,7 @@ def _rows() -> Iterator[str]:
     for family, members in families().items():
         yield f"| **{family}** | | |"
         for method in members:
-            fields = [f"`{role}`" for role in method.roles]
+            fields = [f"`{role}`" for role in method.roles] + (["components, such as `vae`"] if method.gathers else [])
             for parameter in method.parameters.values():
                 default = default_of(parameter)
                 shown = default if default in {"none", ""} or not isinstance(parameter.default, (tuple, str)) else f"`{default}`"
