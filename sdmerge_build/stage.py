@@ -83,7 +83,7 @@ class Stage:
         stack = [wish.step.name for wish in self.wishes(State.WANTED)]
         while stack:
             name = stack.pop()
-            if name not in needed and name not in self.leaves:
+            if name in steps and name not in needed and name not in self.leaves:
                 needed.add(name)
                 stack += steps[name].inputs
         return [name for name in steps if name in needed and name in self.check().drafts]
