@@ -190,7 +190,7 @@ class Compiler:
             width = load.numel // rows
             start = load.start + first * width * ITEMSIZE[load.dtype]
             factors[role] = replace(load, start=start, numel=count * width), (count, *rest)
-        return Alteration(change, factors, strength.strength)
+        return Alteration(strength.adapter, change, factors, strength.strength)
 
 
 def _run(made: Made, numel: int) -> tuple[int, int]:

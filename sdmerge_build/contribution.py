@@ -38,17 +38,17 @@ def _contributing(plan: Plan, step: Step) -> Iterator[str]:
     """Yield the inputs of a step that may leave anything in its result.
 
     One that is scaled to nothing everywhere does not, unless it is the first, whose whole numbers and constants are copied, or what
-    only it holds may be kept: by a policy, or because the architecture calls it optional.
+    only it holds may be kept: by a policy, or because the architecture calls it optional. Adapters hold nothing that could be.
     """
     points = _points(plan, step)
     is_kept = {"keep", "overlap"} & {step.missing, step.extra, step.mismatch} or (step.extra != "drop" and plan.architecture.optional)
-    if points is None or is_kept:
+    if points is None or (is_kept and not step.adapters):
         yield from step.inputs
         return
     count = len(step.inputs)
     blends = [blend_of(step.method, range(count), count, params) for params in points]
     for n, name in enumerate(step.inputs):
-        if n == 0 or any(blend is None or blend[n] != 0 for blend in blends):
+        if n == 0 or (is_kept and name not in step.adapters) or any(blend is None or blend[n] != 0 for blend in blends):
             yield name
 
 

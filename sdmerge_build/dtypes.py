@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["FLOATS", "ITEMSIZE", "KEEP", "MERGEABLE", "RECIPE_NAMES", "Dtypes", "promote", "read_dtypes"]
+__all__ = ["FLOATS", "ITEMSIZE", "KEEP", "MERGEABLE", "RECIPE_NAMES", "WHOLE", "Dtypes", "promote", "read_dtypes"]
 
 ITEMSIZE = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,
@@ -23,6 +23,9 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"
 
 MERGEABLE = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 """Dtypes that arithmetic can read."""
+
+WHOLE = frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL"})
+"""Whole numbers that torch can read."""
 
 KEEP = "keep"
 """The recipe word for: as wide as the widest of the models that are merged."""

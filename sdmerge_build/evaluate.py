@@ -22,11 +22,11 @@ from torch import Tensor
 
 from sdmerge_build.errors import Issue, SdbuildError
 from sdmerge_build.methods import Findings, Place
-from sdmerge_build.methods.changes import Baking, Loaded, prepare
+from sdmerge_build.methods.changes import Baking, ChangeError, Loaded, prepare
 from sdmerge_build.methods.measures import Measure, answer_alone, answered, chunk_size, seen
 from sdmerge_build.programs import Apply, Bake, Count, Fit, Load, Move, Program, Round, args_of, moves_of
 from sdmerge_build.rounding import EIGHT_BITS, narrowed, rounded, saturated
-from sdmerge_build.slices import counted, fitted, moved, read_slice, widened
+from sdmerge_build.slices import counted, fitted, moved, read_factor, read_slice, widened
 
 __all__ = ["Evaluator", "Stopped"]
 
@@ -244,10 +244,11 @@ class Evaluator:
             loaded = [
                 Loaded(
                     kind=alteration.change.kind,
-                    factors={role: read_slice(site.files, load, 0, load.numel).view(shape) for role, (load, shape) in alteration.factors.items()},
+                    factors={role: read_factor(site.files, load, shape) for role, (load, shape) in alteration.factors.items()},
                     rows=alteration.change.rows,
                     turned=alteration.change.turned,
                     strength=alteration.strength,
+                    scale=alteration.change.scale,
                 )
                 for alteration in bake.alterations
             ]
@@ -334,6 +335,10 @@ def _own_fault(apply: Apply | Bake, tensor: str) -> Iterator[None]:
     """Say of what goes wrong in a method that is not built in whose fault it is."""
     try:
         yield
+    except ChangeError as error:
+        assert isinstance(apply, Bake), "BUG: only adapters change"
+        what = f"adapter `{apply.alterations[error.number].adapter}` cannot be applied to `{tensor}`: {error}"
+        raise SdbuildError(Issue(what=what)) from error
     except (Exception, SystemExit) as error:
         if isinstance(apply, Bake) or not apply.method.origin or isinstance(error, (SdbuildError, Stopped)):
             raise

@@ -26,7 +26,7 @@ from sdmerge_build.methods.decomposition import Factors, Limits, decomposed, dec
 from sdmerge_build.plan import Plan, Step
 from sdmerge_build.programs import Leaf, Load
 from sdmerge_build.rounding import narrowed
-from sdmerge_build.slices import read_slice
+from sdmerge_build.slices import read_factor
 from sdmerge_build.surveys import Models
 from sdmerge_build.tensorfile import Spec, lay_out
 from sdmerge_build.writer import Writer, Written
@@ -104,7 +104,7 @@ def _extracted(making: Making) -> Iterable[_Made]:
         drafts.setdefault(draft.tensor, []).append(draft)
     operations = making.checked.operations[making.step.name]
     with Models(making.plan, making.checked, making.keys, making.leaves, making.step, making.findings, making.jobs) as models:
-        left = [name for name in models.names if name not in drafts and not making.plan.architecture.may_lack(name)]
+        left = [name for name in models.names if name not in drafts and making.plan.architecture.component_of(name) != "ema"]
 
         def worked(name: str) -> tuple[list[_Made], float]:
             difference = models.tensor(0, name) - models.tensor(1, name)
@@ -151,7 +151,7 @@ def _note_energy(making: Making, found: Sequence[_Made], left: float) -> None:
         return
     whole = held + left
     elsewhere = f", and {left / whole:.2%} are where a LoRA holds nothing" if left else ""
-    text = f"holds {kept / whole:.2%} of the difference (of its squares); ranks leave out {(held - kept) / whole:.2%}{elsewhere}"
+    text = f"holds {kept / whole:.2%} of the difference (of its squares); ranks leave out {max(0.0, held - kept) / whole:.2%}{elsewhere}"
     making.note(f"{making.step.name}: {text}")
 
 
@@ -175,10 +175,11 @@ def _loaded(part: Strength, leaf: Leaf) -> Loaded:
         for role, name in part.change.factors.items():
             spec = leaf.header.tensors[name]
             load = Load(0, leaf.header.data_start + spec.offset, spec.dtype, spec.numel)
-            factor = read_slice([file], load, 0, spec.numel).view(spec.shape)
+            factor = read_factor([file], load, spec.shape)
             start, count = part.change.taken or (0, spec.shape[0] if spec.shape else 0)
             factors[role] = factor[start : start + count] if role in TAKEN else factor
-    return Loaded(kind=part.change.kind, factors=factors, rows=part.change.rows, turned=part.change.turned, strength=part.strength)
+    change = part.change
+    return Loaded(kind=change.kind, factors=factors, rows=change.rows, turned=change.turned, strength=part.strength, scale=change.scale)
 
 
 def _joined(making: Making, draft: Draft, loaded: Sequence[Loaded]) -> _Made:

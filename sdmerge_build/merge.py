@@ -21,7 +21,7 @@ from sdmerge_build.errors import Issue, SdbuildError
 from sdmerge_build.evaluate import Evaluator, Stopped
 from sdmerge_build.methods import Findings
 from sdmerge_build.passes import Batch, Pass, Slice
-from sdmerge_build.programs import Load, Program, moves_of
+from sdmerge_build.programs import Load, Program, loads_of, moves_of
 from sdmerge_build.rounding import EIGHT_BITS, LARGEST, TORCH
 from sdmerge_build.slices import read_slice
 from sdmerge_build.writer import Buffers, Writer, Written
@@ -164,9 +164,10 @@ class _Walker:
         name = self._walk.outputs[output].name
         inner = [value for n in sorted(_needed(program, self._walk.inner)) for value in self._walk.inner[n].values]
         culprits = [
-            self._walk.leaves[value.leaf].name
+            self._walk.leaves[load.leaf].name
             for value in (*program.values, *inner)
-            if isinstance(value, Load) and not _is_finite(read_slice(files, value, *_part_of(value, program, piece)))
+            for load in loads_of(value)
+            if not _is_finite(read_slice(files, load, *(_part_of(load, program, piece) if load is value else (0, load.numel))))
         ]
         dtype = self._dtypes[output][program.tensor]
         if culprits:

@@ -90,6 +90,7 @@ class Apply:
 class Alteration:
     """A change of an adapter, with its factors as they lie in a leaf: role → where, and its shape."""
 
+    adapter: str
     change: Change
     factors: Mapping[str, tuple[Load, tuple[int, ...]]]
     strength: float

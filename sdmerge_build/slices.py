@@ -12,12 +12,14 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from sdmerge_build.dtypes import ITEMSIZE
+from sdmerge_build.dtypes import ITEMSIZE, WHOLE
 from sdmerge_build.errors import IntegrityError, Issue
 from sdmerge_build.programs import Fit, Load, Move
 from sdmerge_build.rounding import EIGHT_BITS, TORCH
 
-__all__ = ["counted", "fitted", "moved", "read_slice", "widened"]
+__all__ = ["counted", "fitted", "moved", "read_factor", "read_slice", "widened"]
+
+_WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_slice(files: Sequence[BinaryIO], value: Load, start: int, count: int) -> Tensor:
@@ -34,6 +36,14 @@ def read_slice(files: Sequence[BinaryIO], value: Load, start: int, count: int) -
             raise IntegrityError(Issue(where=str(file.name), what="the file became shorter while it was being read"))
         have += got
     return tensor
+
+
+def read_factor(files: Sequence[BinaryIO], value: Load, shape: tuple[int, ...]) -> Tensor:
+    """Read a whole factor of an adapter; whole numbers become fractions."""
+    factor = read_slice(files, value, 0, value.numel)
+    if value.dtype in WHOLE:
+        factor = factor.view(_WHOLE[value.dtype]).to(torch.float64)
+    return factor.view(shape)
 
 
 def counted(start: int, count: int) -> Tensor:

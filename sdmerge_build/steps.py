@@ -230,11 +230,17 @@ class StepReader:
             hint = hint or nearest(field, [*fields, *StepTable.model_fields, *self._architecture.components])
             hint = hint or (f"its fields are {', '.join(fields)}" if fields else "models stand before a `/` in its function, fields behind a `*`")
             self._complain(name, field, what=f"step `{name}` has an unknown field `{field}`", hint=hint)
+        if parts and method.name == "convert":
+            self._complain_of_names(name, next(iter(parts)))
         if method.gathers:
             roles = (*method.models[: len(inputs)], *parts)
             return Call(method=method, inputs=(*inputs, *parts.values()), roles=roles, params=params, parts={})
         roles = (*method.models, *(str(n) for n in range(1, len(inputs) - len(method.models) + 1)))
         return Call(method=method, inputs=tuple(inputs), roles=roles, params=params, parts=parts)
+
+    def _complain_of_names(self, name: str, component: str) -> None:
+        what = f"step `{name}` replaces `{component}` of what `convert` makes, which has other names"
+        self._complain(name, component, what=what, hint="replace it in a step before, and convert that step")
 
     def _parts(self, name: str, given: dict[str, Any]) -> dict[str, str]:
         """Take what names components out of a step's fields: whose each is to be, in the architecture's order."""

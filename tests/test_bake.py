@@ -256,8 +256,8 @@ def peft_names(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ({"unet.r": 3, "unet.lora_alpha": 12}, 4.0),
         ({"unet.r": 3, "unet.lora_alpha": 12, "unet.alpha_pattern": {"transformer_blocks.0.attn1.to_q": 1.5}}, 0.5),
         ({"unet.r": 9, "unet.lora_alpha": 9, "unet.rank_pattern": {"to_q": 3}}, 3.0),
-        ({"unet.r": 4, "unet.lora_alpha": 6, "unet.use_rslora": True}, 3.0),
-        ({"text_encoder.r": 3, "text_encoder.lora_alpha": 12}, 1.0),
+        ({"unet.r": 3, "unet.lora_alpha": 6, "unet.use_rslora": True}, 6 / 3**0.5),
+        ({"r": 3, "lora_alpha": 6}, 2.0),
         ({}, 1.0),
     ],
 )
@@ -283,10 +283,126 @@ def test_another_alpha_in_the_header_makes_another_artifact(studio: Space):
 
 
 @pytest.mark.parametrize(
-    "settings", ["[", "[1]", '{"unet.lora_alpha": "4", "unet.r": 3}', '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(a+)+": 1}}']
+    "settings",
+    [
+        *("[", "[1]", '{"unet.lora_alpha": "4", "unet.r": 3}', '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(a+)+": 1}}'),
+        *('{"transformer.lora_alpha": 4}', '{"unet": {"r": 3, "lora_alpha": 6}}', '{"unet.r": 8, "unet.lora_alpha": 8}'),
+        *('{"unet.r": 3, "unet.lora_alpha": 3, "unet.use_rslora": 1}', '{"unet.r": 3, "unet.lora_alpha": 3, "unet.use_dora": true}'),
+        f'{{"unet.r": 3, "unet.lora_alpha": 1{"0" * 400}}}',
+    ],
 )
 def test_settings_that_nobody_understands_are_refused(studio: Space, settings):
     """Where alpha cannot be read, an adapter is refused instead of being applied somehow."""
     studio.checkpoint("X", peft_names(lora("X")), {"lora_adapter_metadata": settings})
 
     assert "adapter `X`: its `lora_adapter_metadata`" in complaints(studio, '[step.baked]\nformula = "A + X"\n')
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.bfloat16, torch.float64])
+def test_alpha_may_be_a_whole_number(studio: Space, dtype):
+    """Whatever dtype a trainer gave alpha, it is read as the number that it is."""
+    a, x = model("A"), lora("X")
+    studio.checkpoint("X", {name: t.to(dtype) if name.endswith("alpha") else t for name, t in x.items()})
+    found = built(studio, '[step.baked]\nformula = "A + 0.5 * X"\n')
+
+    assert close(found[LINEAR], a[LINEAR].double() + 0.5 * delta(x, LINEAR))
+
+
+def test_an_alpha_that_is_no_number_is_refused(studio: Space):
+    """An exponent alone is a dtype that nothing is computed with."""
+    odd = {name: t.to(torch.float8_e8m0fnu) if name.endswith("alpha") else t for name, t in lora("X").items()}
+    studio.checkpoint("X", odd)
+
+    assert "has `alpha` as F8_E8M0, which is not computed with" in complaints(studio, BOTH)
+
+
+@pytest.mark.parametrize(("shape", "on_input"), [((24,), 1), ((1, 16), 0)])
+def test_a_factor_that_contradicts_its_own_side_is_named(studio: Space, shape, on_input):
+    """IA³ says on which side it multiplies; one that does not go along that side is the adapter's fault, and said to be."""
+    name = MODULES[LINEAR]
+    studio.checkpoint("X", {f"{name}.weight": torch.ones(shape), f"{name}.on_input": torch.tensor(on_input)})
+    text = complaints(studio, '[step.baked]\nformula = "A + X"\n')
+
+    assert "`X` cannot be applied to" in text
+
+
+def test_a_factor_that_is_not_finite_is_the_adapters_fault(studio: Space):
+    """What an adapter brings in is not blamed on a method."""
+    studio.checkpoint("X", lora("X") | {f"{MODULES[LINEAR]}.alpha": torch.tensor(torch.inf)})
+
+    assert "of `X` holds values that are infinite" in complaints(studio, BOTH)
+
+
+def test_an_adapter_of_strength_0_binds_nobody(studio: Space):
+    """A LoRA that is applied nowhere is not among those whose terms count, as in a formula."""
+    step = BOTH.replace("[0.8, -0.3]", "[0.8, 0.0]")
+    studio.write("recipe.toml", (RECIPE + step).replace('path = "Y.safetensors"', 'path = "Y.safetensors"\nlicense = "GPL-3.0-only"'))
+
+    assert "GPL" not in studio.sdbuild("license", "recipe.toml").stdout
+
+
+def test_a_layer_larger_than_any_model_has_is_refused(studio: Space):
+    """Small files whose product would fill the memory are refused before anything is multiplied."""
+    name = MODULES[LINEAR]
+    studio.checkpoint("X", {f"{name}.lokr_w1": torch.ones(200_000, 1), f"{name}.lokr_w2": torch.ones(1, 200_000)})
+
+    assert "more elements than any layer has" in complaints(studio, '[step.baked]\nmethod = "resize_lora"\nadapter = "X"\nrank = 2\n')
+
+
+def test_the_strength_in_a_header_is_that_of_a_dora_before_it_is_given_its_lengths(studio: Space):
+    """Lengths are those of W + alpha / rank · up · down, as peft has them: the whole change is not scaled."""
+    a, x = model("A"), lora("X", alpha=None)
+    lengths = (checkpoints.numbers("X", "lengths", (24,)).abs() + 1).to(torch.float32)
+    module = next(iter(peft_names(x))).removesuffix(".lora_A.weight")
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 3, "unet.lora_alpha": 12, "unet.use_dora": True})}
+    studio.checkpoint("X", peft_names(x) | {f"{module}.lora_magnitude_vector": lengths}, metadata)
+    found = built(studio, '[step.baked]\nformula = "A + 0.5 * X"\n')[LINEAR].double()
+
+    turned = a[LINEAR].double() + 4 * delta(x, LINEAR)
+    turned *= lengths.double().unsqueeze(1) / turned.norm(dim=1, keepdim=True)
+    assert (found - (a[LINEAR].double() + turned) / 2).abs().max() < 3e-7
+
+
+def test_the_strength_in_a_header_is_that_of_biases_too(studio: Space):
+    """A layer's bias gets alpha / rank times `lora_B.bias`, as in peft."""
+    target = ENCODER.replace("weight", "bias")
+    module = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    a, bias = model("A") | {target: checkpoints.numbers("A", target, (20,))}, checkpoints.numbers("X", "bias", (20,))
+    studio.checkpoint("A", a)
+    x = lora("X", alpha=None)
+    sides = {f"{module}.lora_{s}.weight": x[f"{MODULES[ENCODER]}.lora_{side}.weight"] for s, side in (("A", "down"), ("B", "up"))}
+    metadata = {"lora_adapter_metadata": json.dumps({"text_encoder.r": 3, "text_encoder.lora_alpha": 12})}
+    studio.checkpoint("X", sides | {f"{module}.lora_B.bias": bias}, metadata)
+    found = built(studio, '[step.baked]\nformula = "A + X"\n')
+
+    assert close(found[ENCODER], a[ENCODER].double() + 4 * delta(x, ENCODER))
+    assert close(found[target], a[target].double() + 4 * bias.double())
+
+
+def test_alpha_may_not_be_complex(studio: Space):
+    """What is no number that could be multiplied with is refused before anything is read."""
+    x = {name: tensor.to(torch.complex64) if name.endswith(".alpha") else tensor for name, tensor in lora("X").items()}
+    studio.checkpoint("X", x)
+
+    assert "has `alpha` as C64, which is not computed with" in complaints(studio, '[step.baked]\nformula = "A + X"\n')
+
+
+def test_sums_of_adapters_may_have_alphas_that_are_whole_numbers(studio: Space):
+    """What is written of them is the same as of fractions."""
+    step = '[step.baked]\nformula = "0.5 * X"\n'
+    expected = built(studio, step)
+    studio.checkpoint("X", {name: tensor.to(torch.int64) if name.endswith(".alpha") else tensor for name, tensor in lora("X").items()})
+    found = built(studio, step)
+
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_inspect_says_what_an_adapter_is(studio: Space):
+    """For which architecture it is made, of which kind and rank, and what of a model it changes."""
+    run = studio.sdbuild("inspect", "Y.safetensors")
+
+    assert run.returncode == 0, run.stderr
+    assert "Y.safetensors: adapter (lora, rank 30) for Stable Diffusion 1.x, changes 4 tensors" in run.stdout
+    assert " ".join(run.stdout.split()).find("unet 6 tensors") > 0
+    assert run.stdout.rstrip().endswith("adapter = true")

@@ -27,6 +27,7 @@ class Change:
     rows: tuple[int, int] | None = None  # first and count of the target's first dimension: a q, k or v of a fused tensor; None is all
     turned: bool = False  # whether it was made for the transposed tensor, as open_clip stores its text projection
     taken: tuple[int, int] | None = None  # first and count of the rows of `TAKEN` that are meant, where halves change places; None is all
+    scale: float = 1.0  # of what a DoRA adds before it is given its lengths, where it is not in an alpha of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,21 +5,26 @@ Has never heard of numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from sdmerge_build.adapters.changes import TAKEN, Adapter, Change
-from sdmerge_build.adapters.products import UnfitError, products
+from sdmerge_build.adapters.products import UnfitError, by, products
 from sdmerge_build.adapters.spellings import BIAS, PREFIXES, WEIGHT, Spot, names_table, spellings_of
-from sdmerge_build.architectures import Architecture
-from sdmerge_build.dtypes import FLOATS, MERGEABLE
+from sdmerge_build.architectures import ARCHITECTURES, GENERIC, Architecture, architecture_named
+from sdmerge_build.dtypes import MERGEABLE, WHOLE
 from sdmerge_build.tensorfile import Spec
 
-__all__ = ["is_adapter", "read_adapter"]
+__all__ = ["is_adapter", "read_adapter", "recognise_adapter"]
+
+MAX_MADE = 1 << 28  # elements; four times the largest layer of Flux
+MAX_RANK = 1 << 15  # ten times the width of Flux
 
 _ANY, _BIAS = "*", "bias"  # kinds in the table of suffixes: roles of every kind, and what a module does to its bias
 
+_CORES = ("mid", "t1", "t2")
 _WHOLE_NUMBERS = {"alpha", "on_input"}  # roles that may have them
 _COMMON = {"weight", "alpha", "rescale", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "up.weight", "down.weight"}
 """Endings that tensors of models have too."""
@@ -63,6 +68,13 @@ def _divided(name: str) -> tuple[str, str]:
         if (ending := ".".join(words[n:])) in suffixes:
             return ".".join(words[:n]), ending
     return name, ""
+
+
+def recognise_adapter(tensors: Mapping[str, Spec]) -> tuple[Architecture, Adapter] | None:
+    """Tell for which architecture an adapter is made: the one by whose names most of it is understood; None where nobody understands any."""
+    readings = [(family, read_adapter(tensors, family)) for name in ARCHITECTURES if name != GENERIC for family in [architecture_named(name)]]
+    best = min(readings, key=lambda reading: len(reading[1].strays) + len(reading[1].incomplete))
+    return best if best[1].changes else None
 
 
 def read_adapter(tensors: Mapping[str, Spec], architecture: Architecture) -> Adapter:
@@ -167,11 +179,15 @@ class _Reading:
         """Return how many rows factors make, when there is nothing wrong with them."""
         for role, name in factors.items():
             dtype, shape = self._tensors[name].dtype, self._tensors[name].shape
-            if role not in _WHOLE_NUMBERS and not (dtype in FLOATS and dtype in MERGEABLE):
+            if dtype not in (MERGEABLE | WHOLE if role in _WHOLE_NUMBERS else MERGEABLE):
                 raise UnfitError(f"has `{role}` as {dtype}, which is not computed with")
             if role == "dora_scale" and "lora_magnitude_vector" in name and len(shape) > 2:
                 raise UnfitError("has `lora_magnitude_vector` of a convolution, which is not read")
-        return products(kind, {role: self._tensors[name].shape for role, name in factors.items()})[0].rows
+        shapes = {role: self._tensors[name].shape for role, name in factors.items()}
+        made = products(kind, shapes)[0]
+        if math.prod(made.shape) > MAX_MADE or max((0, *(n for role in _CORES for n in shapes.get(role, ())[:2]))) > MAX_RANK:
+            raise UnfitError(f"makes {by(made.shape)}, of a larger rank or more elements than any layer has")
+        return made.rows
 
     def _complain(self, module: _Module, text: str) -> None:
         self.incomplete.append(f"`{module.name}` {text}")

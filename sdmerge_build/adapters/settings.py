@@ -13,12 +13,12 @@ from typing import Any
 
 from sdmerge_build.adapters.changes import Change
 
-__all__ = ["SETTINGS", "SettingsError", "read_settings", "scale_of"]
+__all__ = ["SETTINGS", "Settings", "SettingsError", "read_settings", "scale_of"]
 
 SETTINGS = "lora_adapter_metadata"
 MAX_TEXT = 1 << 20  # a hundred times what a large adapter has
 
-_FACTOR = re.compile(r"(.+?)\.(?:lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down)(?:\.default)?\.weight")
+_FACTOR = re.compile(r"(.+?)\.(?:lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down)(?:\.default)?\.(?:weight|bias)")
 _PLAIN = re.compile(r"[\w.]+")
 
 Settings = Mapping[str, Any]
@@ -36,18 +36,18 @@ def read_settings(metadata: Mapping[str, str]) -> Settings:
         settings = json.loads(text) if len(text) <= MAX_TEXT else None
     except (ValueError, RecursionError):
         settings = None
-    if not isinstance(settings, dict):
-        message = f"its `{SETTINGS}` is not a JSON object"
+    if not isinstance(settings, dict) or any(isinstance(value, dict) and not key.endswith("_pattern") for key, value in settings.items()):
+        message = f"its `{SETTINGS}` is not a JSON object of settings"
         raise SettingsError(message)
     return settings
 
 
-def scale_of(change: Change, settings: Settings) -> float:
+def scale_of(change: Change, settings: Settings, actual: int) -> float:
     """Return alpha over rank, or over its root, as the settings say; 1 where they say nothing, or the file has an alpha of its own.
 
-    Raises `SettingsError` for what is no number, and for patterns that are more than names.
+    Raises `SettingsError` for what is no number, another rank than the `actual` one, and patterns that are more than names.
     """
-    found = _FACTOR.fullmatch(change.factors.get("down", ""))
+    found = _FACTOR.fullmatch(change.factors.get("down") or change.factors.get("diff", ""))
     if not found or "alpha" in change.factors:
         return 1.0
     component, _, module = found[1].partition(".")
@@ -55,10 +55,19 @@ def scale_of(change: Change, settings: Settings) -> float:
         component, module = "", found[1]
     said = {key.removeprefix(f"{component}."): value for key, value in settings.items() if not component or key.startswith(f"{component}.")}
     if "lora_alpha" not in said:
+        if settings:
+            message = f"its `{SETTINGS}` says nothing of `{found[1]}`"
+            raise SettingsError(message)
         return 1.0
     alpha = _number(_matched(said.get("alpha_pattern"), module, said["lora_alpha"]), "lora_alpha")
     rank = _number(_matched(said.get("rank_pattern"), module, said.get("r")), "r")
-    return alpha / (math.sqrt(rank) if said.get("use_rslora") is True else rank)
+    if actual not in {0, rank} or not isinstance(said.get("use_rslora", False), bool):
+        message = f"its `{SETTINGS}` does not fit its tensors: `r` is {rank:g} where the rank is {actual}"
+        raise SettingsError(message if actual not in {0, rank} else f"its `{SETTINGS}` has a `use_rslora` that is neither true nor false")
+    if said.get("use_dora") is True and "dora_scale" not in change.factors:
+        message = f"its `{SETTINGS}` says `use_dora`, and it has no magnitudes"
+        raise SettingsError(message)
+    return alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
 
 
 def _matched(patterns: Any, module: str, otherwise: Any) -> Any:
@@ -74,7 +83,7 @@ def _matched(patterns: Any, module: str, otherwise: Any) -> Any:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-6 <= value <= 1e6:
         message = f"its `{SETTINGS}` has no number that makes sense for `{name}`"
         raise SettingsError(message)
     return float(value)

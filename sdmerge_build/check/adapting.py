@@ -55,7 +55,7 @@ class Adapting:
                 if share and name in names:
                     sorted_.setdefault(name, []).extend(strength.times(share) for strength in said)
                 elif share:
-                    hint = 'a strength of 0 there leaves it out on purpose: `rules = [{ match = "GLOB", value = 0 }]`'
+                    hint = "a strength of 0 there leaves it out on purpose: `blocks = { CLIP_L = 0 }`, or a rule with `value = 0`"
                     self._complain(f"would leave out what `{self._step.inputs[n]}` changes, as no model has it", target, hint)
         return sorted_
 
@@ -67,7 +67,7 @@ class Adapting:
                 continue
             shapes = {role: stored[factor].shape for role, factor in strength.change.factors.items()}
             if text := misfit(strength.change, shapes, operation.shape):
-                return self._complain(f"cannot apply `{strength.adapter}`, which {text}", name)
+                return self._complain(f"cannot apply `{strength.adapter}`, which {text}", name, "is it made for this architecture?")
         if operation.dtype not in FLOATS or operation.dtype not in MERGEABLE or operation.area != operation.shape:
             return self._complain("would change with an adapter what cannot be computed with", name)
         return replace(operation, changes=tuple(changes))

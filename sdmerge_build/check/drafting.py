@@ -46,10 +46,10 @@ class Drafting:
         drafts: list[Draft] = []
         left: list[str] = []
         for name, operation in operations.items():
-            if operation.copied is not None or self._plan.architecture.may_lack(name):
+            if operation.copied is not None:
                 continue
             modules = modules_of(name, operation.shape, self._plan.architecture) if operation.area == operation.shape else ()
-            left += [] if modules else [name]
+            left += [] if modules or self._plan.architecture.component_of(name) == "ema" else [name]
             drafts += [draft for module in modules if (draft := self._decomposed(module, name, operation.params, operation.dtype, ()))]
         if left:
             self._checked.notes.append(f"step `{self._step.name}` leaves out what a LoRA cannot hold: {len(left)} tensors, {named_briefly(left)}")

@@ -144,6 +144,8 @@ class _StepChecker:
         if policy == "drop":
             return self._keep(f"leaves out what {lacking} lacks", name)
         if policy == "error" and not architecture.may_lack(name):
+            if alone := self._alone():
+                return self._complain(f"mixes {alone} with whole models", name, 'a component is replaced by a field: `vae = "NAME"`')
             advice = f'write `{field} = "keep"` to take them from `{holder}`' + (
                 ', or `extra = "drop"` to leave them out' if field == "extra" else ""
             )
@@ -152,6 +154,11 @@ class _StepChecker:
             return _copy_of(first, spec, spec.dtype)
         self._keep(f"takes from `{holder}` what {lacking} lacks", name)
         return self._copy(name, first, spec)
+
+    def _alone(self) -> str:
+        """Name the inputs that hold components alone, where others are whole models."""
+        alone = [self._step.inputs[n] for n in self._models if self._step.inputs[n] in self._checked.stored]
+        return " and ".join(f"`{name}`, which holds a component alone," for name in alone) if len(alone) < len(self._models) else ""
 
     def _keep(self, what: str, tensor: str) -> None:
         """Note what is done with a tensor that not every model has."""

@@ -6,8 +6,9 @@ Has never heard of steps.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from sdmerge_build.adapters import Adapter, SettingsError, is_adapter, read_adapter, read_settings, scale_of
+from sdmerge_build.adapters import Adapter, Change, Settings, SettingsError, is_adapter, read_adapter, read_settings, scale_of
 from sdmerge_build.architectures import GENERIC, architecture_named, recognise
 from sdmerge_build.architectures.components import Components, read_components
 from sdmerge_build.check.results import Checked, Strength
@@ -17,6 +18,7 @@ from sdmerge_build.tensorfile import Header, Spec
 
 __all__ = ["check_source"]
 
+_MADE_FOR = ("ss_base_model_version", "modelspec.architecture")
 _MOST_LISTED = 20  # tensors of an adapter that are complained of by name
 
 
@@ -29,7 +31,7 @@ def check_source(plan: Plan, name: str, header: Header, checked: Checked) -> Non
         try:
             settings = read_settings(header.metadata)
             checked.adapters[name] = {
-                target: tuple(Strength(name, change, scale_of(change, settings)) for change in changes) for target, changes in adapter.changes.items()
+                target: tuple(_strength(name, change, settings, header) for change in changes) for target, changes in adapter.changes.items()
             }
         except SettingsError as error:
             what = f"adapter `{name}`: {error}, so nobody knows how strongly it is to be applied"
@@ -43,13 +45,21 @@ def check_source(plan: Plan, name: str, header: Header, checked: Checked) -> Non
         checked.issues[name] = issues
 
 
+def _strength(name: str, change: Change, settings: Settings, header: Header) -> Strength:
+    """Say how strongly a change is applied, or, to what has lengths of its own, how strongly before it is given them."""
+    rank = next(iter(header.tensors[change.factors["down"]].shape), 0) if "down" in change.factors else 0
+    scale = scale_of(change, settings, rank)
+    return Strength(name, replace(change, scale=scale), 1.0) if "dora_scale" in change.factors else Strength(name, change, scale)
+
+
 def _adapter_issues(plan: Plan, name: str, header: Header, adapter: Adapter) -> Iterator[Issue]:
     """Complain of every tensor of an adapter that would be left out."""
     where, title = plan.where("source", name), plan.architecture.title
     if adapter.strays:
         count = f"{len(adapter.strays)} of its {len(header.tensors)} tensors match"
         what = f"adapter `{name}`: {count} nothing of {title}: {named_briefly(adapter.strays, most=_MOST_LISTED)}"
-        yield Issue(where=where, what=what, hint="an adapter is applied whole or not at all; is it made for this architecture?")
+        said = next((f"; its header says `{header.metadata[key]}`" for key in _MADE_FOR if key in header.metadata), "")[:100]
+        yield Issue(where=where, what=what, hint=f"an adapter is applied whole or not at all; is it made for this architecture{said}?")
     for text in adapter.incomplete[:_MOST_LISTED]:
         yield Issue(where=where, what=f"adapter `{name}`: {text}")
     if len(adapter.incomplete) > _MOST_LISTED:

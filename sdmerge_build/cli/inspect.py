@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from sdmerge_build.adapters import Adapter, is_adapter, recognise_adapter
 from sdmerge_build.architectures import GENERIC, Architecture, recognise
 from sdmerge_build.architectures.components import Components, recognise_components
 from sdmerge_build.claims import read_claims
@@ -96,19 +97,41 @@ def _converted(file: Path, watcher: Watcher) -> tuple[Header, Digests, int]:
 def _facts(header: Header) -> dict[str, Any]:
     """Summarise a header by component."""
     architecture = recognise(header.tensors)
+    if architecture.name == GENERIC and is_adapter(header.tensors) and (found := recognise_adapter(header.tensors)):
+        return _facts_of_adapter(header, *found)
     alone = recognise_components(header.tensors.keys()) if architecture.name == GENERIC else []
     component_of = _components_of(*alone[0]) if alone else {}
+    return {
+        "architecture": architecture.name,
+        "title": _title(alone) if alone else architecture.title,
+        "components_of": [family.name for family, _ in alone],
+    } | _counts(header, lambda name: component_of.get(name) or architecture.component_of(name))
+
+
+def _facts_of_adapter(header: Header, architecture: Architecture, adapter: Adapter) -> dict[str, Any]:
+    """Summarise an adapter by the components that it changes."""
+    changes = [change for said in adapter.changes.values() for change in said]
+    component_of = {name: architecture.component_of(change.target) for change in changes for name in change.factors.values()}
+    kinds = sorted({change.kind for change in changes})
+    ranks = sorted({header.tensors[change.factors["down"]].shape[0] for change in changes if "down" in change.factors})
+    rank = f", rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}" if ranks else ""
+    unknown = f", {len(adapter.strays)} of its tensors not understood" if adapter.strays else ""
+    title = f"adapter ({', '.join(kinds)}{rank}) for {architecture.title}, changes {len(adapter.changes)} tensors{unknown}"
+    return {"architecture": architecture.name, "title": title, "components_of": [], "adapter": {"kinds": kinds, "ranks": ranks}} | _counts(
+        header, lambda name: component_of.get(name, "other")
+    )
+
+
+def _counts(header: Header, component_of: Callable[[str], str]) -> dict[str, Any]:
+    """Count a file's tensors, together and by component."""
     components: dict[str, dict[str, Any]] = defaultdict(lambda: {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": Counter()})
     for spec in header.tensors.values():
-        component = components[component_of.get(spec.name) or architecture.component_of(spec.name)]
+        component = components[component_of(spec.name)]
         component["tensors"] += 1
         component["parameters"] += spec.numel
         component["bytes"] += spec.nbytes
         component["dtypes"][spec.dtype] += 1
     return {
-        "architecture": architecture.name,
-        "title": _title(alone) if alone else architecture.title,
-        "components_of": [family.name for family, _ in alone],
         "tensors": len(header.tensors),
         "parameters": sum(spec.numel for spec in header.tensors.values()),
         "dtypes": dict(sorted(Counter(spec.dtype for spec in header.tensors.values()).items())),
@@ -163,7 +186,7 @@ def _print(file: Path, facts: Mapping[str, Any]) -> None:
         if facts["sha256"]
         else f'path = "{_printable(str(file))}"'
     )
-    click.echo(f"as a source of a recipe:\n\n[source.NAME]\n{known_by}")
+    click.echo(f"as a source of a recipe:\n\n[source.NAME]\n{known_by}{f'{chr(10)}adapter = true' if 'adapter' in facts else ''}")
 
 
 def _print_claims(facts: Mapping[str, Any]) -> None:

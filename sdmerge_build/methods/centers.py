@@ -81,9 +81,10 @@ def geometric_median(*models: Tensor, eps: Positive = 1e-6, iterations: int = 10
     """
     if len(models) < 2:
         return models[0]
-    moved = [model - models[0] for model in models[1:]]
-    shares = _weiszfeld((yield gram(*moved)), eps, iterations)
-    return models[0] + _sum([offset.mul_(share) for offset, share in zip(moved, shares[1:], strict=True)])
+    shares = _weiszfeld((yield gram(*(model.to(torch.float64) - models[0] for model in models[1:]))), eps, iterations)
+    nearest = max(range(len(models)), key=lambda n: shares[n])  # from a stray one, all others would lose their digits
+    others = [(model - models[nearest]).mul_(share) for n, (model, share) in enumerate(zip(models, shares, strict=True)) if n != nearest]
+    return models[nearest] + _sum(others)
 
 
 def _cosine(product: float, squares: float) -> float:

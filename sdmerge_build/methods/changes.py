@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from sdmerge_build.methods.deltas import Delta, LowRank, Pair, delta_of, pair_of
+from sdmerge_build.methods.deltas import Delta, LowRank, Pair, delta_of, number, pair_of
 from sdmerge_build.methods.dora import Decomposed, is_on_input
 from sdmerge_build.methods.orthogonal import Butterfly, Rotated
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     from sdmerge_build.methods.late import torch
 
-__all__ = ["Baking", "Loaded", "cut_of", "prepare"]
+__all__ = ["Baking", "ChangeError", "Loaded", "cut_of", "prepare"]
 
 Shape = tuple[int, ...]
 Rows = tuple[int, int]
@@ -37,6 +37,15 @@ class Loaded:
     rows: Rows | None
     turned: bool
     strength: float
+    scale: float = 1.0  # of what is added before DoRA gives it lengths
+
+
+class ChangeError(ValueError):
+    """A change whose numbers contradict its shapes; `number` tells which of several."""
+
+    def __init__(self, message: str, number: int = 0) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class Baking:
@@ -87,6 +96,7 @@ def prepare(changes: Sequence[Loaded], shape: Shape, dtype: torch.dtype) -> Baki
     """Prepare changes for a tensor of this shape; arithmetic is in `dtype`, float32 or float64."""
     shape = shape or (1,)
     applied: list[tuple[Rows, _Applied]] = []
+    _refuse_contradictions(changes, shape)
     wanted = [change for change in changes if change.strength != 0]
     for is_plain, run in itertools.groupby(wanted, _is_plain):
         if is_plain:
@@ -94,6 +104,16 @@ def prepare(changes: Sequence[Loaded], shape: Shape, dtype: torch.dtype) -> Baki
         else:
             applied += [(_rows(change, shape[0]), _applied(change, shape, is_wide=dtype == torch.float64)) for change in run]
     return Baking(applied, math.prod(shape[1:]))
+
+
+def _refuse_contradictions(changes: Sequence[Loaded], shape: Shape) -> None:
+    """Refuse an IA³ whose factor does not go along the side that it says."""
+    for n, change in enumerate(changes):
+        if change.kind == "ia3" and not change.turned:
+            side = 1 if number(change.factors, "on_input", 0) else 0
+            length = _rows(change, shape[0])[1] if not side else (*shape, 1)[1]
+            if change.factors["weight"].numel() != length:
+                raise ChangeError(f"it has {change.factors['weight'].numel()} factors for the {length} {('outputs', 'inputs')[side]}", n)
 
 
 def _rows(change: Loaded, height: int) -> Rows:
@@ -130,7 +150,7 @@ def _delta(change: Loaded, shape: Shape, *, is_wide: bool) -> Delta:
         case "boft":
             return Butterfly(factors, shape[0], strength, is_wide=is_wide)
     if "dora_scale" in factors:
-        delta = delta_of(change.kind, factors, shape, 1.0, is_wide=is_wide)
+        delta = delta_of(change.kind, factors, shape, change.scale, is_wide=is_wide)
         return Decomposed(delta, factors["dora_scale"], shape, strength, is_wide=is_wide)
     return delta_of(change.kind, factors, shape, strength, is_wide=is_wide)
 

@@ -81,15 +81,15 @@ def bad_pattern(item: str) -> str:
         return ""
     before, repeats = "", 0
     for piece in _TOKEN.findall(item[1:-1]):
-        is_repeat = piece in {"*", "+"} or piece.startswith("{")
-        if is_repeat and before == ")":
-            return f"has the regular expression `{item}`, which repeats a group"
+        is_repeat = piece in {"*", "+", "?", "|"} or piece.startswith("{")
+        if is_repeat and piece not in {"?", "|"} and before == ")":
+            return f"has the regular expression `{item}`, which repeats a group, and could take for ever"
         if piece == "(?" or (piece[0] == "\\" and piece[1].isdigit()):
             return f"has the regular expression `{item}`, which looks around or back"
         repeats += is_repeat
         before = piece
     if repeats > _MOST_REPEATS:
-        return f"has the regular expression `{item}`, which repeats more than {_MOST_REPEATS} things"
+        return f"has the regular expression `{item}`, which repeats more than {_MOST_REPEATS} things, or has as many choices"
     try:
         re.compile(item[1:-1])
     except (re.error, OverflowError) as error:

@@ -15,7 +15,6 @@ import copy
 import functools
 import json
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,6 +39,8 @@ LINEAR = "to_q|to_k|to_v|to_out.0|proj_in|proj_out|ff.net.0.proj|ff.net.2|time_e
 CONVOLUTIONS = "conv1|conv2|conv_shortcut|conv|conv_in|conv_out"
 ALL = f"{LINEAR}|{CONVOLUTIONS}".split("|")
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+SINGLE = ("lycoris_oft", "lycoris_oft_limited", "lycoris_boft")  # rotations are found in float32 there, whatever is asked for
 
 CASES: dict[str, Callable[[Path, torch.dtype], Models]] = {}
 
@@ -138,7 +139,7 @@ def save(path: Path, tensors: Tensors) -> None:
     """Write an adapter in float16, but for tensors that it cannot hold."""
     kept = {}
     for name, tensor in tensors.items():
-        half = tensor.detach().to(torch.float16)
+        half = tensor.detach().to(torch.float16 if tensor.is_floating_point() else tensor.dtype)
         kept[name] = (half if torch.equal(half.to(tensor.dtype), tensor) else tensor.detach()).contiguous()
     save_file(kept, path.with_suffix(".safetensors"), metadata={"format": "pt"})
 
@@ -161,14 +162,18 @@ def trained(kind: str, names: list[str] = ALL, *, text: bool = True, **more: obj
     return {component: module for component, module in held.items() if hasattr(module, "peft_config")}
 
 
-def write_as_diffusers(path: Path, kind: str, held: Models, *, says_settings: bool) -> None:
-    """Save as the training scripts of diffusers do; those of today write settings into the header."""
+def write_as_diffusers(path: Path, kind: str, held: Models, *, is_renamed: bool = False) -> None:
+    """Save as the training scripts of diffusers do: renamed, when there were no settings in headers, and now with settings.
+
+    The renaming leaves some modules `lora_A` and `lora_B`; a UNet's file that has both spellings is then read by diffusers in part, without a word,
+    so only attention is trained then.
+    """
     layers = {}
     for component, module in held.items():
-        layers[f"{component}_lora_layers"] = {
-            name: tensor.to(torch.float16) for name, tensor in convert_state_dict_to_diffusers(get_peft_model_state_dict(module)).items()
-        }
-    metadata = _collate_lora_metadata(held) if says_settings else {}
+        tensors = get_peft_model_state_dict(module)
+        tensors = convert_state_dict_to_diffusers(tensors) if is_renamed else tensors
+        layers[f"{component}_lora_layers"] = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
+    metadata = {} if is_renamed else _collate_lora_metadata(held)
     saver = StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline
     saver.save_lora_weights(path.parent, **layers, weight_name=f"{path.name}.safetensors", **metadata)
 
@@ -187,8 +192,8 @@ def fused(path: Path, kind: str, dtype: torch.dtype) -> Models:
 
 @case
 def lora(path: Path, dtype: torch.dtype) -> Models:
-    """Make a LoRA whose alpha is its rank, so that nobody needs to say it."""
-    write_as_diffusers(path, "sd1", trained("sd1"), says_settings=False)
+    """Make a LoRA of attention whose alpha is its rank, so that nobody needs to say it."""
+    write_as_diffusers(path, "sd1", trained("sd1", LINEAR.split("|")[:4]), is_renamed=True)
     return fused(path, "sd1", dtype)
 
 
@@ -196,35 +201,43 @@ def lora(path: Path, dtype: torch.dtype) -> Models:
 def lora_settings(path: Path, dtype: torch.dtype) -> Models:
     """Make a LoRA whose alpha is in the header, and not the same for all modules."""
     more = {"lora_alpha": 3, "rank_pattern": {"to_q": 8, "conv1": 2}, "alpha_pattern": {"attn2.to_k": 1, "conv1": 5}}
-    write_as_diffusers(path, "sd1", trained("sd1", **more), says_settings=True)
+    write_as_diffusers(path, "sd1", trained("sd1", **more))
     return fused(path, "sd1", dtype)
 
 
 @case
 def lora_rslora(path: Path, dtype: torch.dtype) -> Models:
     """Make a LoRA that is as strong as alpha over the root of its rank."""
-    write_as_diffusers(path, "sd1", trained("sd1", lora_alpha=3, use_rslora=True), says_settings=True)
+    write_as_diffusers(path, "sd1", trained("sd1", lora_alpha=3, use_rslora=True))
     return fused(path, "sd1", dtype)
 
 
 @case
 def lora_bias(path: Path, dtype: torch.dtype) -> Models:
     """Make a LoRA that changes biases."""
-    write_as_diffusers(path, "sd1", trained("sd1", ["ff.net.2", "conv1"], text=False, lora_bias=True, init_lora_weights=True), says_settings=True)
+    write_as_diffusers(path, "sd1", trained("sd1", ["ff.net.2", "conv1"], text=False, lora_bias=True, init_lora_weights=True, lora_alpha=3))
     return fused(path, "sd1", dtype)
 
 
 @case
 def lora_dora(path: Path, dtype: torch.dtype) -> Models:
-    """Make a DoRA of linear layers."""
-    write_as_diffusers(path, "sd1", trained("sd1", LINEAR.split("|")[:4] + LINEAR.split("|")[6:], lora_alpha=3, use_dora=True), says_settings=True)
+    """Make a DoRA of a UNet's linear layers; of text encoders, the pipeline does not read the lengths."""
+    names = [name for name in LINEAR.split("|") if not name.startswith("proj_")]
+    write_as_diffusers(path, "sd1", trained("sd1", names, text=False, lora_alpha=3, use_dora=True))
+    return fused(path, "sd1", dtype)
+
+
+@case
+def lora_dora_conv(path: Path, dtype: torch.dtype) -> Models:
+    """Make a DoRA of convolutions."""
+    write_as_diffusers(path, "sd1", trained("sd1", ["conv1"], text=False, lora_alpha=3, use_dora=True))
     return fused(path, "sd1", dtype)
 
 
 @case
 def lora_sdxl(path: Path, dtype: torch.dtype) -> Models:
     """Make a LoRA of SDXL's UNet and both its text encoders, one of which checkpoints keep under other names, q, k and v in one tensor."""
-    write_as_diffusers(path, "sdxl", trained("sdxl", lora_alpha=3), says_settings=True)
+    write_as_diffusers(path, "sdxl", trained("sdxl", lora_alpha=3))
     return fused(path, "sdxl", dtype)
 
 
@@ -240,24 +253,24 @@ def lora_model(path: Path, dtype: torch.dtype) -> Models:
     return stored
 
 
-def kohya(path: Path, kind: str, dtype: torch.dtype, alpha: float) -> Models:
-    """Rename a LoRA with diffusers' own converter, which knows no alpha but the rank; say another."""
-    named = {f"{component}.{name}": tensor for component, m in trained(kind).items() for name, tensor in get_peft_model_state_dict(m).items()}
+def kohya(path: Path, kind: str, dtype: torch.dtype, names: list[str], alpha: float | None = None) -> Models:
+    """Rename a LoRA with diffusers' own converter, which knows no alpha but the rank, a whole number; say another."""
+    named = {f"{component}.{name}": tensor for component, m in trained(kind, names).items() for name, tensor in get_peft_model_state_dict(m).items()}
     tensors = convert_state_dict_to_kohya(named)
-    save(path, {name: torch.tensor(alpha) if name.endswith(".alpha") else tensor for name, tensor in tensors.items()})
+    save(path, {name: torch.tensor(alpha) if alpha and name.endswith(".alpha") else tensor for name, tensor in tensors.items()})
     return fused(path, kind, dtype)
 
 
 @case
 def lora_kohya(path: Path, dtype: torch.dtype) -> Models:
     """Make a LoRA under kohya's names, of SD 1."""
-    return kohya(path, "sd1", dtype, 1.5)
+    return kohya(path, "sd1", dtype, ALL, 1.5)
 
 
 @case
 def lora_kohya_sdxl(path: Path, dtype: torch.dtype) -> Models:
-    """Make a LoRA under kohya's names, of SDXL."""
-    return kohya(path, "sdxl", dtype, 3.0)
+    """Make a LoRA under kohya's names, of SDXL; diffusers reads no `add_embedding` of its own converter's."""
+    return kohya(path, "sdxl", dtype, [name for name in ALL if not name.startswith("linear_")])
 
 
 @case
@@ -319,10 +332,10 @@ def lokr_both(path: Path, dtype: torch.dtype) -> Models:
 
 @case
 def ia3(path: Path, dtype: torch.dtype) -> Models:
-    """Make an IA³: peft stores the factor, LyCORIS what it is above 1."""
+    """Make an IA³ of layers whose biases peft leaves alone: it stores the factor, LyCORIS what it is above 1."""
     held = models("sd1")
     inputs = ["ff.net.2", "conv1"]
-    wrapped = adapted(held["unet"], IA3Config(target_modules=["to_k", "to_v", "conv2", *inputs], feedforward_modules=inputs))
+    wrapped = adapted(held["unet"], IA3Config(target_modules=["to_k", "to_v", *inputs], feedforward_modules=inputs))
     tensors: Tensors = {}
     for name, tensor in get_peft_model_state_dict(wrapped).items():
         module = name.removeprefix("base_model.model.").removesuffix(".ia3_l")
@@ -387,13 +400,21 @@ def boft(path: Path, dtype: torch.dtype) -> Models:
 # LyCORIS's own files and its own code.
 
 
+def stored(module: nn.Module) -> Tensors:
+    """List what LyCORIS stores of a module; of plain differences, it thinks that they are added already."""
+    if module.name != "full":
+        return module.state_dict()
+    return {"diff": module.weight.data} | ({} if module.bias is None else {"diff_b": module.bias.data})
+
+
 def lycoris(path: Path, dtype: torch.dtype, algo: str, **more: object) -> Models:
     """Make an adapter of LyCORIS with random numbers, and merge it."""
     held = models("sd1")
     network = create_lycoris(held["unet"], 1.0, algo=algo, preset="full", **{"linear_dim": RANK, "linear_alpha": 3.0} | more)
-    fill((name, parameter) for name, parameter in network.named_parameters() if not name.endswith("scalar"))
-    save(path, {name: tensor for name, tensor in network.state_dict().items() if not re.search(r"\.(scalar|dtype_tensor)$", name)})
-    network.to(dtype)
+    fill((name, parameter) for module in network.loras for name, parameter in module.named_parameters())
+    save(path, {f"{module.lora_name}.{name}": tensor for module in network.loras for name, tensor in stored(module).items()})
+    for module in network.loras:
+        module.to(dtype)
     held["unet"].to(dtype)
     with torch.no_grad():
         for module in network.loras:
@@ -410,10 +431,11 @@ lycoris_case("lycoris_locon", "locon", use_tucker=True)
 lycoris_case("lycoris_norm", "locon", train_norm=True)
 lycoris_case("lycoris_dora_output", "locon", dora_wd=True, wd_on_output=True)
 lycoris_case("lycoris_dora_input", "locon", dora_wd=True, wd_on_output=False)
-lycoris_case("lycoris_loha", "loha", use_tucker=True)
-lycoris_case("lycoris_loha_dora", "loha", dora_wd=True, wd_on_output=False)
-lycoris_case("lycoris_lokr", "lokr", use_tucker=True, factor=4)
-lycoris_case("lycoris_lokr_dora", "lokr", decompose_both=True, dora_wd=True, wd_on_output=True)
+# merge_to multiplies LoHa and LoKr by alpha / rank twice, which is 1 here; running a model with the adapter does so once.
+lycoris_case("lycoris_loha", "loha", use_tucker=True, linear_alpha=RANK)
+lycoris_case("lycoris_loha_dora", "loha", dora_wd=True, wd_on_output=False, linear_alpha=RANK)
+lycoris_case("lycoris_lokr", "lokr", use_tucker=True, factor=4, linear_alpha=RANK)
+lycoris_case("lycoris_lokr_dora", "lokr", decompose_both=True, dora_wd=True, wd_on_output=True, linear_alpha=RANK)
 lycoris_case("lycoris_lokr_full", "lokr", full_matrix=True)
 lycoris_case("lycoris_glora", "glora")
 lycoris_case("lycoris_oft", "diag-oft", rescaled=True)
@@ -438,18 +460,10 @@ def make(folder: Path) -> None:
             module.save_pretrained(folder / kind / component)
         index = {"_class_name": "StableDiffusionPipeline"} | {component: ["", type(module).__name__] for component, module in held.items()}
         (folder / kind / "model_index.json").write_text(json.dumps(index))
-    wanted = sys.argv[2].split(",") if len(sys.argv) > 2 else list(CASES)
-    for name in wanted:
+    for name, adapt in CASES.items():
         kind = kind_of(name)
-        for dtype, bits in ((torch.float32, 32), (torch.float64, 64)):
-            try:
-                held = CASES[name](folder / name, dtype)
-            except Exception as error:  # noqa: BLE001 – whatever a peer throws is a result
-                import traceback
-
-                traceback.print_exc()
-                (folder / f"{name}.{bits}.error").write_text(f"{type(error).__name__}: {error}")
-                continue
+        for bits in (32, 64) if name not in SINGLE else (32,):
+            held = adapt(folder / name, getattr(torch, f"float{bits}"))
             changed = {n: t.contiguous() for n, t in tensors_of(held).items() if not torch.equal(t, base[kind][n].to(t.dtype))}
             save_file(changed, folder / f"{name}.{bits}")
             if bits == 32:
@@ -460,9 +474,9 @@ def run_ours(folder: Path) -> None:
     """Let the models run with our weights."""
     for path in sorted(folder.glob("*.ours")):
         held = models(kind_of(path.stem))
-        ours = load_file(path)
+        ours = {name.replace(".text_model.", "."): tensor for name, tensor in load_file(path).items()}
         for component, module in held.items():
-            module.load_state_dict({name: ours[f"{component}.{name}"] for name in module.state_dict()})
+            module.load_state_dict({name: ours[f"{component}.{name}".replace(".text_model.", ".")] for name in module.state_dict()})
         save_file({"after": run(held, kind_of(path.stem))}, f"{path}.out")
 
 
