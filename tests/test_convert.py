@@ -234,3 +234,13 @@ def test_a_conversion_reads_each_tensor_once(space: Space):
     header = read_header(space.path / "A.safetensors")
 
     assert report.bytes_read == sum(spec.nbytes for spec in header.tensors.values())
+
+
+def test_a_component_is_replaced_before_it_is_renamed(space: Space):
+    """`vae` beside `convert` would leave the old one under the new names; it is refused, and the way is said."""
+    space.pair('recipe = 1\narchitecture = "sd1"\n[source.A]\npath = "A.safetensors"\n[source.B]\npath = "B.safetensors"\n'
+               '[step.c]\nmethod = "convert"\na = "A"\nnaming = "diffusers"\nvae = "B"\n')  # fmt: skip
+    run = space.sdbuild("recipe.toml")
+
+    assert run.returncode == 2
+    assert "replace it in a step before, and convert that step" in run.stderr

@@ -434,3 +434,16 @@ def test_fused_tensors_of_openclip_come_apart(space):
 
     np.testing.assert_allclose(np.concatenate(parts), original - base, atol=1e-6)
     np.testing.assert_allclose(space.load("back")[fused].double().numpy(), original, atol=1e-6)
+
+
+def test_projections_that_files_may_lack_are_extracted_all_the_same(space):
+    """SDXL's second text encoder has a projection that no sampler needs; its difference is in the LoRA, and baked it comes back."""
+    name = "conditioner.embedders.1.model.text_projection"
+    base = checkpoints.miniature("sdxl", "base", every=60) | {name: checkpoints.numbers("base", name, (20, 20), torch.float32)}
+    tuned = base | {name: base[name] + checkpoints.numbers("change", name, (20, 20), torch.float32)}
+    for letter, tensors in (("A", tuned), ("B", base)):
+        space.checkpoint(letter, tensors)
+    space.write("recipe.toml", RECIPE.replace("sd1", "sdxl") + 'rank = 20\ndtype = "fp32"\n[step.back]\nformula = "B + lora"\ndtype = "fp32"\n')
+    space.build()
+
+    assert (space.load("back")[name] - tuned[name]).abs().max() < 1e-6

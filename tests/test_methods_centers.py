@@ -177,3 +177,14 @@ def test_at_full_rank_the_model_is_the_result():
     assert torch.equal(merged("truncate_rank", [base, model], rank=0), base)
     assert torch.equal(merged("truncate_rank", [base, base], rank=3), base)
     assert np.linalg.matrix_rank((merged("truncate_rank", [base, model], rank=1) - base).reshape(8, -1), tol=1e-4) == 1
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_stray_model_costs_the_others_no_digits(place):
+    """Wherever a model that is far away stands in the list, the median of the others keeps float32's precision."""
+    good = [torch.full((6, 5), 0.02) + 0.001 * checkpoints.numbers(letter, "w", (6, 5), torch.float32) for letter in "ABCD"]
+    models = [*good[:place], torch.full((6, 5), 1e4), *good[place:]]
+    found = evaluate(methods()["geometric_median"], models, {}).double()
+    exact = evaluate(methods()["geometric_median"], [model.double() for model in models], {})
+
+    assert (found - exact).abs().max() < 1e-7

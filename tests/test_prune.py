@@ -149,6 +149,8 @@ def test_components_globs_and_regular_expressions_are_dropped(space: Space):
     [
         ("/(a+)+$/", "which repeats a group"),
         ("/a*b*c*d*/", "which repeats more than 3 things"),
+        ("/" + ".?" * 30 + "~/", "which repeats more than 3 things"),
+        ("/" + "(?:.|.)" * 28 + "~/", "or has as many choices"),
         (r"/(.)\\1/", "which looks around or back"),
         ("/(?=x)/", "which looks around or back"),
         ("/a[/", "which cannot be read"),
