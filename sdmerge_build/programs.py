@@ -40,7 +40,7 @@ __all__ = [
 SLICE = 128 << 10
 """Elements evaluated at once. Measured: a third of this is slower for Python's overhead, eight times this for missing the cache."""
 
-_BAKED = 1 << 20
+_BAKED = 1 << 19
 """Elements evaluated at once where factors of adapters are multiplied: products of few rows read the other factor too often."""
 
 _USUALLY_ALIVE = 8

@@ -78,14 +78,16 @@ class LowRank:
 
     def __init__(self, pairs: Sequence[Pair], *, is_wide: bool) -> None:
         self._ups = [up for up, _, _ in pairs]
-        downs, scales = [], []
+        stacked = torch.empty(sum(len(down) for _, down, _ in pairs), pairs[0][1].shape[1], dtype=torch.float64)
+        scales, position = [], 0
         for up, stored, scale in pairs:
-            down = stored.to(torch.float64)
+            down = stacked[position : position + len(stored)].copy_(stored)
             shift = _balance(up, down, scale)
-            downs.append(down * powers(shift.neg()).unsqueeze(1))
+            down.mul_(powers(shift.neg()).unsqueeze(1))
             scales.append(powers(shift).mul_(scale))
+            position += len(stored)
         self._scales = torch.cat(scales)
-        self._down = Multiplier(torch.cat(downs), is_wide=is_wide)
+        self._down = Multiplier(stacked, is_wide=is_wide)
 
     def __len__(self) -> int:
         return len(self._ups[0])
@@ -104,8 +106,8 @@ def _balance(up: Tensor, down: Tensor, scale: float) -> Tensor:
     """Return by which powers of two columns of up are multiplied, and rows of down divided."""
     if not up.numel() or not down.numel():
         return torch.zeros(len(down), dtype=torch.int64)
-    above = exponents(up.to(torch.float64).abs().amax(0).mul_(abs(scale)))
-    return exponents(down.abs().amax(1)).sub_(above).bitwise_right_shift_(1).clamp_(-500, 500)
+    above = exponents(torch.maximum(up.amax(0), up.amin(0).neg()).to(torch.float64).mul_(abs(scale)))
+    return exponents(torch.maximum(down.amax(1), down.amin(1).neg())).sub_(above).bitwise_right_shift_(1).clamp_(-500, 500)
 
 
 def _contracted(core: Tensor, side: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ __all__ = ["Multiplier", "exponents", "powers", "product"]
 
 _BIAS = 1022  # a float64 with the exponent bits e is below 2^(e - 1022)
 _BLOCK = 1024  # elements of a row that have one unit: the error of a sum grows with the root of their number
+_COLUMNS = 512  # that are rounded at once
 _MARGIN = 1 + 2.0**-8  # for what rounding adds to a length, and for the last bits of sums of squares
 
 
@@ -65,7 +66,7 @@ class _Block:
         if is_wide:
             self._extents = _extents(x, -2)
             x = _scaled(x, self._extents.neg())
-        self._parts, self._spoilt = _split(x, -2, 2 if is_wide else 1)
+        self._parts, self._spoilt = _split(x, -2, 2) if is_wide else _split_by_columns(x)
 
     def of(self, left: Tensor) -> Tensor:
         x = left.to(torch.float64)
@@ -102,6 +103,17 @@ def _split(x: Tensor, dim: int, count: int) -> tuple[list[Tensor], Tensor | None
         if n + 1 < count:
             x = x - parts[-1]  # exact
     return parts, spoilt if spoilt is not None and bool(spoilt.any()) else None
+
+
+def _split_by_columns(x: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Do the same with the one part of each column, some columns at a time: what lies between takes several times as much memory."""
+    whole, masks = torch.empty(x.shape, dtype=torch.float64), []
+    for columns, result in zip(torch.split(x, _COLUMNS, -1), torch.split(whole, _COLUMNS, -1), strict=True):
+        [part], spoilt = _split(columns.to(torch.float64), -2, 1)
+        result.copy_(part)
+        masks.append(spoilt if spoilt is not None else torch.zeros((*columns.shape[:-2], 1, columns.shape[-1]), dtype=torch.bool))
+    mask = torch.cat(masks, -1)
+    return [whole], mask if bool(mask.any()) else None
 
 
 def _squares(x: Tensor, dim: int) -> Tensor:

@@ -95,12 +95,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work, and to keep the files; a temporary folder unless said")
     parser.add_argument("--size", choices=SIZES, default="full", help="tiny tries the benchmark itself; its times mean nothing")
     parser.add_argument("--as-found", action="store_true", help="do not level the machine's memory before each run")
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.prepare:  # in a process of its own: this one stays small, as its children begin with its memory
+        prepare(options.folder, options.size)
+        return
     results: dict[str, list[tuple[float, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        prepare(folder, options.size)
+        subprocess.run([sys.executable, __file__, "--prepare", "--folder", folder, "--size", options.size], check=True)
         for _ in range(options.rounds):
             for program in programs(folder):
                 results[program.name].append(measure(program, folder, levelled=not options.as_found))
