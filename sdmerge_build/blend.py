@@ -37,10 +37,6 @@ class Blend:
             return NotImplemented
         return Blend({thing: share * factor for thing, share in self.shares.items()})
 
-    def total(self) -> float:
-        """Sum the shares; 1 for a mixture."""
-        return sum(self.shares.values())
-
 
 def blend_of(method: Method, models: Collection[int], count: int, params: Mapping[str, Any]) -> Blend | None:
     """Return the share each of `count` models has in the method's result, or None when it is not a weighted sum.

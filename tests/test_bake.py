@@ -406,3 +406,16 @@ def test_inspect_says_what_an_adapter_is(studio: Space):
     assert "Y.safetensors: adapter (lora, rank 30) for Stable Diffusion 1.x, changes 4 tensors" in run.stdout
     assert " ".join(run.stdout.split()).find("unet 6 tensors") > 0
     assert run.stdout.rstrip().endswith("adapter = true")
+
+
+def test_a_dora_may_have_biases(studio: Space):
+    """Magnitudes belong to the matrix: a bias beside them has none, and is no contradiction to `use_dora`."""
+    target, module = ENCODER.replace("weight", "bias"), "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    a, bias, x = model("A") | {target: torch.zeros(20)}, checkpoints.numbers("X", "bias", (20,)), lora("X", alpha=None)
+    studio.checkpoint("A", a)
+    sides = {f"{module}.lora_{s}.weight": x[f"{MODULES[ENCODER]}.lora_{side}.weight"] for s, side in (("A", "down"), ("B", "up"))}
+    sides |= {f"{module}.lora_B.bias": bias, f"{module}.lora_magnitude_vector": torch.ones(20)}
+    settings = {"text_encoder.r": 3, "text_encoder.lora_alpha": 6, "text_encoder.use_dora": True}
+    studio.checkpoint("X", sides, {"lora_adapter_metadata": json.dumps(settings)})
+
+    assert close(built(studio, '[step.baked]\nformula = "A + X"\n')[target], 2 * bias.double())

@@ -64,7 +64,7 @@ def scale_of(change: Change, settings: Settings, actual: int) -> float:
     if actual not in {0, rank} or not isinstance(said.get("use_rslora", False), bool):
         message = f"its `{SETTINGS}` does not fit its tensors: `r` is {rank:g} where the rank is {actual}"
         raise SettingsError(message if actual not in {0, rank} else f"its `{SETTINGS}` has a `use_rslora` that is neither true nor false")
-    if said.get("use_dora") is True and "dora_scale" not in change.factors:
+    if said.get("use_dora") is True and change.kind == "lora" and "dora_scale" not in change.factors:
         message = f"its `{SETTINGS}` says `use_dora`, and it has no magnitudes"
         raise SettingsError(message)
     return alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
