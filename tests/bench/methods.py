@@ -45,7 +45,9 @@ CHOSEN = {  # where defaults would do nothing, or less than usual, or not what t
     "add_cosine_b": {"alpha": 0.5},
     "adjust": {"detail_in": 1.0, "detail_out": 1.0, "contrast": 1.0},
     "add_noise": {"amount": 0.001},
+    "convert": {"naming": "diffusers"},
     "model_stock_rows": {"pairs": "consecutive"},
+    "parts": {"vae": "A"},
     "ram": {"r": 0.1},
     "ties": {"density": 0.5},  # below a third, mergekit gives up at the VAE's last bias, of three elements
     "truncate_rank": {"rank": 16},
@@ -78,12 +80,12 @@ NOT_CHECKED = ("dare", "model_stock_rows")  # random; extrapolates many a row of
 
 
 def steps() -> dict[str, dict[str, object]]:
-    """Make a step of every method."""
+    """Make a step of every method that is not about adapters, which baking.py and adapters.py measure."""
     from sdmerge_build.methods import REQUIRED, methods
 
     found = {}
     for method in methods().values():
-        if method.needs and importlib.util.find_spec(method.needs) is None:
+        if method.rest == "adapters" or method.makes_adapter or (method.needs and importlib.util.find_spec(method.needs) is None):
             continue
         models = iter("ABO")
         step: dict[str, object] = {"method": method.name}
