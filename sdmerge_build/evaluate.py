@@ -23,7 +23,7 @@ from torch import Tensor
 from sdmerge_build.errors import Issue, SdbuildError
 from sdmerge_build.methods import Findings, Place
 from sdmerge_build.methods.changes import Baking, ChangeError, Loaded, prepare
-from sdmerge_build.methods.measures import Measure, answer_alone, answered, chunk_size, seen
+from sdmerge_build.methods.measures import Measure, Partials, answer_alone, answered, chunk_size, seen
 from sdmerge_build.programs import Apply, Bake, Count, Fit, Load, Move, Program, Round, args_of, moves_of
 from sdmerge_build.rounding import EIGHT_BITS, narrowed, rounded, saturated
 from sdmerge_build.slices import counted, fitted, moved, read_factor, read_slice, widened
@@ -50,7 +50,7 @@ class _Job:
         self._left = len(chunks)
         self._states: list[Any] = []
         self._final: list[bool] = []
-        self._partials: list[dict[int, Any]] = []
+        self._partials: list[Partials] = []
         self.answers: tuple[Any, ...] | None = None
 
     def take(self, stopped: threading.Event) -> tuple[int, int, int] | None:
@@ -70,14 +70,13 @@ class _Job:
         with self.condition:
             if not self._partials:
                 self._states, self._final = [None] * len(measures), [False] * len(measures)
-                self._partials = [{} for _ in measures]
+                self._partials = [Partials(len(self._chunks)) for _ in measures]
             states, final = self._states, self._final
         found = [None if is_final else m.partial(state) for m, state, is_final in zip(measures, states, final, strict=True)]
         with self.condition:
             for measure, partial, known, is_final in zip(measures, found, self._partials, final, strict=True):
                 if not is_final:
-                    key = number if measure.is_ordered else 0
-                    known[key] = measure.added(known[key], partial) if key in known else partial
+                    known.add(measure, number, partial)
             self._left -= 1
             if not self._left:
                 self._join(measures)
@@ -86,13 +85,12 @@ class _Job:
     def _join(self, measures: Sequence[Measure]) -> None:
         for n, measure in enumerate(measures):
             if not self._final[n]:
-                known = self._partials[n]
-                self._final[n], self._states[n] = measure.joined([known[key] for key in sorted(known)], self._states[n])
+                self._final[n], self._states[n] = self._partials[n].joined(measure, self._states[n])
         if all(self._final):
             self.answers = tuple(self._states)
             return
         self._states, self._final = list(self._states), list(self._final)
-        self._partials = [{} for _ in measures]
+        self._partials = [Partials(len(self._chunks)) for _ in measures]
         self._left = len(self._chunks)
         self.waiting = list(reversed(range(len(self._chunks))))
 

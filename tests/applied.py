@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sdmerge_build.methods import REQUIRED, Method, Place
-from sdmerge_build.methods.measures import answered, chunk_size, seen
+from sdmerge_build.methods.measures import Partials, answered, chunk_size, seen
 
 
 def grain_of(method: Method, shape: Sequence[int]) -> int:
@@ -80,12 +80,10 @@ def _measured(start: Any, chunks: range, known: Sequence[tuple[Any, ...]]) -> tu
         states = states or [(False, None)] * len(asked[0])
         for n, (final, state) in enumerate(states):
             if not final:
-                partials = [measures[n].partial(state) for measures in asked]
-                if not asked[0][n].is_ordered:
-                    for partial in partials[1:]:
-                        partials[0] = asked[0][n].added(partials[0], partial)
-                    partials = partials[:1]
-                states[n] = asked[0][n].joined(partials, state)
+                partials = Partials(len(asked))
+                for number, measures in enumerate(asked):
+                    partials.add(measures[n], number, measures[n].partial(state))
+                states[n] = partials.joined(asked[0][n], state)
     return tuple(state for _, state in states)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sdmerge_build import passes, programs
 from sdmerge_build.errors import SdbuildError
 from sdmerge_build.methods import collecting, method
-from sdmerge_build.methods.measures import CHUNK, answer_alone, columns, count, dot, gram, kth, least, most, row_sums, total
+from sdmerge_build.methods.measures import CHUNK, Partials, answer_alone, columns, count, dot, gram, kth, least, most, row_sums, total
 
 NUMBERS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6), min_size=1, max_size=300)
 
@@ -72,10 +72,40 @@ def test_an_order_statistic_is_that_of_sorting(numbers, data):
     measure, expected = kth(x, rank), torch.sort(x).values[rank - 1].item()
     final, found = False, None
     while not final:
-        final, found = measure.joined([measure.added(measure.partial(found), torch.zeros(1 << 16, dtype=torch.int64))], found)
+        final, found = measure.joined(measure.added(measure.partial(found), torch.zeros(1 << 16, dtype=torch.int64)), found)
 
     assert answers(measure) == (expected,)  # looked through
     assert found == expected  # counted digit by digit
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(*[st.floats(width=32, allow_nan=False)] * 2), min_size=1, max_size=2000))
+def test_sums_of_products_of_float32_are_rounded_as_if_products_were_rounded_first(pairs):
+    """
+    Whether a CPU adds a product with one rounding or two cannot be seen: the product of two float32 numbers is exact in float64.
+    """
+    x, y = (torch.tensor(numbers, dtype=torch.float32) for numbers in zip(*pairs, strict=True))
+
+    assert answers(dot(x, y)) == pytest.approx(answers(dot(x.double(), y.double())), rel=0, abs=0, nan_ok=True)
+    assert all(float(a) * float(b) == Fraction(a) * Fraction(b) for a, b in pairs if math.isfinite(a) and math.isfinite(b))
+
+
+@given(st.integers(1, 40), st.randoms(use_true_random=False))
+def test_vectors_of_chunks_are_added_in_one_order_whichever_comes_first(chunks, random):
+    """
+    Sums over columns do not depend on which chunk was measured first, and few of them are kept.
+    """
+    x = checkpoints.numbers("A", "w", (3 * chunks, 7), torch.float32)
+    measures = [columns(part, part) for part in x.chunk(chunks)]
+
+    def gathered(order):
+        known = Partials(chunks)
+        for number in order:
+            known.add(measures[number], number, measures[number].partial(None))
+            assert order != range(chunks) or len(known._known) <= chunks.bit_length()
+        return known.joined(measures[0], None)[1].tolist()
+
+    assert gathered(random.sample(range(chunks), chunks)) == gathered(range(chunks))
 
 
 def test_counts_and_extremes():

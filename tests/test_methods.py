@@ -102,7 +102,7 @@ def test_a_method_that_is_not_linear_has_no_shares():
 
 def test_no_method_uses_an_operation_that_rounds_differently_between_cpus():
     """
-    lerp, addcmul, addcdiv and add with alpha are fused on some CPUs and not on others.
+    lerp, addcmul, addcdiv and add with alpha are fused on some CPUs and not on others; which does not matter where products are exact.
     """
     import sdmerge_build
 
@@ -111,7 +111,7 @@ def test_no_method_uses_an_operation_that_rounds_differently_between_cpus():
     fused = re.compile(r"(torch|\))?\.(lerp|addcmul|addcdiv|baddbmm|addmm)_?\(|\.(add|sub)_?\([^()]*alpha=")
     calls = [(path.name, found[0]) for path in sources for found in fused.finditer(path.read_text())]
 
-    assert calls == []
+    assert calls == [("sums.py", ".addcmul_(")]  # of float32 in float64, see test_measures.py
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

@@ -1,6 +1,6 @@
 """Owns what a method may ask of a whole tensor while it sees slices of it: sums, counts, extremes, order statistics.
 
-Has never heard of files or threads. A measure takes a partial of a slice, and joins the partials of all chunks of a tensor into one answer;
+Has never heard of files or threads. A measure takes a partial of a slice, adds those of all chunks of a tensor, and concludes from their sum;
 chunks are the same for every run, and nothing depends on the order in which they are measured.
 
 Sums are those of `sums.py`. Order statistics are exact and never sort: they count digits of the numbers' bits, the leading digit first.
@@ -25,6 +25,7 @@ else:
 __all__ = [
     "CHUNK",
     "Measure",
+    "Partials",
     "answer_alone",
     "answered",
     "chunk_size",
@@ -43,8 +44,6 @@ __all__ = [
 CHUNK = 1 << 17
 """Elements measured at once. Part of what a sum is: another size would be another order of additions."""
 
-_WIDE_CHUNK = 1 << 19  # where every chunk leaves a vector behind
-
 T = TypeVar("T")
 
 
@@ -52,16 +51,45 @@ class Measure(Protocol):
     """What is asked of a tensor, with one slice of it in hand."""
 
     is_ordered: bool
-    """Whether all partials are needed at the end, in the order of their chunks; others are added as they come."""
+    """Whether it matters in which order partials are added: then they are in pairs of neighbours, and pairs of pairs. Others are as they come."""
 
     def partial(self, state: Any) -> Any:
         """Measure the slice, in the round that `state` stands for; None is the first."""
 
-    def joined(self, partials: Sequence[Any], state: Any) -> tuple[bool, Any]:
-        """Join the partials of all chunks, in their order: `(True, answer)`, or `(False, state)` when another round is needed."""
-
     def added(self, one: Any, other: Any) -> Any:
-        """Make one partial of two."""
+        """Make one partial of two, of which `one` comes first in the tensor."""
+
+    def joined(self, partial: Any, state: Any) -> tuple[bool, Any]:
+        """Conclude from the partial of all chunks: `(True, answer)`, or `(False, state)` when another round is needed."""
+
+
+class Partials:
+    """What was measured of a tensor so far. Chunks come in any order, and what is kept is about as many partials as their number has digits."""
+
+    def __init__(self, chunks: int) -> None:
+        self._chunks = chunks
+        self._known: dict[tuple[int, int], Any] = {}  # by level and position
+
+    def add(self, measure: Measure, number: int, partial: Any) -> None:
+        """Add the partial of a chunk."""
+        level, size = 0, self._chunks
+        if not measure.is_ordered:
+            partial = measure.added(self._known[0, 0], partial) if self._known else partial
+            number = size = 0
+        while size > 1:
+            neighbour = number ^ 1
+            if neighbour < size:  # the last of an odd number has none
+                if (level, neighbour) not in self._known:
+                    break
+                other = self._known.pop((level, neighbour))
+                partial = measure.added(partial, other) if number < neighbour else measure.added(other, partial)
+            level, number, size = level + 1, number // 2, (size + 1) // 2
+        self._known[level, number] = partial
+
+    def joined(self, measure: Measure, state: Any) -> tuple[bool, Any]:
+        """Conclude from all chunks."""
+        [partial] = self._known.values()
+        return measure.joined(partial, state)
 
 
 def dot(x: Tensor, y: Tensor) -> Measure:
@@ -111,9 +139,8 @@ def row_sums(x: Tensor) -> Tensor:
 
 def chunk_size(cut: str, shape: Sequence[int]) -> int:
     """Return how many elements of a tensor are measured at once: whole rows or filters, whatever else is done with the tensor."""
-    wanted = _WIDE_CHUNK if cut == "filters" else CHUNK
     grain = {"rows": shape[-1], "filters": math.prod(shape[1:])}.get(cut, 1) if shape else 1
-    return max(grain, wanted // max(1, grain) * grain)
+    return max(grain, CHUNK // max(1, grain) * grain)
 
 
 def seen(flat: Tensor, cut: str, shape: Sequence[int]) -> Tensor:
@@ -151,51 +178,54 @@ def _alone(measure: Measure) -> Any:
         return measure.at_once()
     is_final, state = False, None
     while not is_final:
-        is_final, state = measure.joined([measure.partial(state)], state)
+        is_final, state = measure.joined(measure.partial(state), state)
     return state
 
 
-class _Ordered:
-    """A measure whose partials are all kept."""
+class _Sum:
+    """The sum of float64 terms: one of every chunk, which `math.fsum` adds up."""
 
     is_ordered = True
-
-    def added(self, one: Any, other: Any) -> Any:
-        raise NotImplementedError
-
-
-class _Sum(_Ordered):
-    """The sum of float64 terms."""
 
     def __init__(self, x: Tensor, y: Tensor | None) -> None:
         self._x, self._y = x, y
 
-    def partial(self, _: Any) -> float:
+    def partial(self, _: Any) -> list[float]:
         vectors = [self._x] if self._y is None or self._y is self._x else [self._x, self._y]
-        return sums(vectors, [(0, None if self._y is None else len(vectors) - 1)])[0]
+        return sums(vectors, [(0, None if self._y is None else len(vectors) - 1)])
 
-    def joined(self, partials: Sequence[float], _: Any) -> tuple[bool, float]:
-        return True, exact_sum(partials)
+    def added(self, one: list[float], other: list[float]) -> list[float]:
+        return one + other
+
+    def joined(self, partial: list[float], _: Any) -> tuple[bool, float]:
+        return True, exact_sum(partial)
 
 
-class _Gram(_Ordered):
+class _Gram:
     """Sums of products of each two slices, which are widened once for all pairs."""
+
+    is_ordered = True
 
     def __init__(self, vectors: Sequence[Tensor]) -> None:
         self._vectors = vectors
 
-    def partial(self, _: Any) -> list[float]:
-        return sums(self._vectors, list(itertools.combinations_with_replacement(range(len(self._vectors)), 2)))
+    def partial(self, _: Any) -> list[list[float]]:
+        return [sums(self._vectors, list(itertools.combinations_with_replacement(range(len(self._vectors)), 2)))]
 
-    def joined(self, partials: Sequence[list[float]], _: Any) -> tuple[bool, tuple[tuple[float, ...], ...]]:
-        found = iter([exact_sum(terms) for terms in zip(*partials, strict=True)])
+    def added(self, one: list[list[float]], other: list[list[float]]) -> list[list[float]]:
+        return one + other
+
+    def joined(self, partial: list[list[float]], _: Any) -> tuple[bool, tuple[tuple[float, ...], ...]]:
+        found = iter([exact_sum(terms) for terms in zip(*partial, strict=True)])
         count = len(self._vectors)
         upper = {(n, m): next(found) for n in range(count) for m in range(n, count)}
         return True, tuple(tuple(upper[min(n, m), max(n, m)] for m in range(count)) for n in range(count))
 
 
-class _Columns(_Ordered):
+class _Columns:
     """Sums over the first dimension."""
+
+    is_ordered = True
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self._x, self._y = x, y
@@ -203,8 +233,11 @@ class _Columns(_Ordered):
     def partial(self, _: Any) -> Tensor:
         return folded(product(self._x, self._y)).clone()
 
-    def joined(self, partials: Sequence[Tensor], _: Any) -> tuple[bool, Tensor]:
-        return True, folded(torch.stack(list(partials)))
+    def added(self, one: Tensor, other: Tensor) -> Tensor:
+        return one + other
+
+    def joined(self, partial: Tensor, _: Any) -> tuple[bool, Tensor]:
+        return True, partial
 
 
 class _Count:
@@ -218,11 +251,11 @@ class _Count:
     def partial(self, _: Any) -> int:
         return int(torch.count_nonzero(self._mask))
 
-    def joined(self, partials: Sequence[int], _: Any) -> tuple[bool, int]:
-        return True, sum(partials)
-
     def added(self, one: int, other: int) -> int:
         return one + other
+
+    def joined(self, partial: int, _: Any) -> tuple[bool, int]:
+        return True, partial
 
 
 class _Extreme:
@@ -236,11 +269,11 @@ class _Extreme:
     def partial(self, _: Any) -> Tensor:
         return self._extreme(self._x.reshape(-1), 0)  # type: ignore[no-any-return]
 
-    def joined(self, partials: Sequence[Tensor], _: Any) -> tuple[bool, float]:
-        return True, self._extreme(torch.stack(list(partials)), 0).item()
-
     def added(self, one: Tensor, other: Tensor) -> Tensor:
         return self._extreme(torch.stack([one, other]), 0)  # type: ignore[no-any-return]
+
+    def joined(self, partial: Tensor, _: Any) -> tuple[bool, float]:
+        return True, partial.item()
 
 
 @functools.cache
@@ -286,9 +319,11 @@ class _Kth:
         digits = (bits >> shift if shift else bits).to(torch.int32) & 0xFFFF
         return torch.bincount(digits, minlength=1 << 16)
 
-    def joined(self, partials: Sequence[Tensor], state: tuple[int, int, int] | None) -> tuple[bool, Any]:
+    def added(self, one: Tensor, other: Tensor) -> Tensor:
+        return one + other
+
+    def joined(self, counts: Tensor, state: tuple[int, int, int] | None) -> tuple[bool, Any]:
         done, prefix, below = state or (0, 0, 0)
-        [counts] = partials
         if not 1 <= self._rank - below <= int(counts.sum()):
             message = f"BUG: rank {self._rank} of {int(counts.sum()) + below} elements"
             raise AssertionError(message)
@@ -299,9 +334,6 @@ class _Kth:
         if done + 1 < len(self._shifts):
             return False, (done + 1, prefix, below)
         return True, self._number(prefix)
-
-    def added(self, one: Tensor, other: Tensor) -> Tensor:
-        return one + other
 
     def _number(self, bits: int) -> float:
         return torch.tensor([bits], dtype=torch.int64).to(self._whole).view(self._dtype).item()

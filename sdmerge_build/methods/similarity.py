@@ -68,7 +68,7 @@ def _mixed(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     return a.where(is_a, b) + (b - a) * share.where(is_a, share - 1)
 
 
-@method(version=1, cut="filters")
+@method(version=2, cut="filters")
 def add_cosine_a(a: Tensor, b: Tensor, /, *, alpha: Ratio = 1.0) -> Generator[Any, Any, Tensor]:
     """Take of `b` the columns that are unlike those of `a`: `(1 - k) * a + k * b`, `k = 1 - clip(cos - alpha, 0, 1)`.
 
@@ -84,7 +84,7 @@ def add_cosine_a(a: Tensor, b: Tensor, /, *, alpha: Ratio = 1.0) -> Generator[An
     return _mixed(a, b, 1 - (cosines - alpha).clamp(0, 1))
 
 
-@method(version=1, cut="filters")
+@method(version=2, cut="filters")
 def add_cosine_b(a: Tensor, b: Tensor, /, *, alpha: Ratio = 1.0) -> Generator[Any, Any, Tensor]:
     """Take of `b` the columns that are unlike those of `a`, tensor and column counting alike: `(1 - k) * a + k * b`, `k = 1 - clip(s - alpha, 0, 1)`.
 
@@ -139,7 +139,7 @@ def _share_of_a(alike: Tensor, findings: Findings, alpha: float) -> Tensor:
     return (scaled - alpha).clamp(0, 1)
 
 
-@method(version=1, cut="filters", survey=Survey(name="cosine_a", version=1, function=_range_a))
+@method(version=2, cut="filters", survey=Survey(name="cosine_a", version=2, function=_range_a))
 def cosine_a(a: Tensor, b: Tensor, /, *, alpha: Ratio, findings: Findings, place: Place) -> Generator[Any, Any, Tensor]:
     """Keep of `a` the columns that are most alike in both models: `k * a + (1 - k) * b`, `k = clip((s - low) / (high - low) - |alpha|, 0, 1)`.
 
@@ -157,7 +157,7 @@ def cosine_a(a: Tensor, b: Tensor, /, *, alpha: Ratio, findings: Findings, place
     return _mixed(b, a, _share_of_a(alike, findings, abs(alpha)))
 
 
-@method(version=1, cut="filters", survey=Survey(name="cosine_b", version=1, function=_range_b))
+@method(version=2, cut="filters", survey=Survey(name="cosine_b", version=2, function=_range_b))
 def cosine_b(a: Tensor, b: Tensor, /, *, alpha: Ratio, findings: Findings, place: Place) -> Generator[Any, Any, Tensor]:
     """Keep of `a` what is most alike in both models, tensor and column: `k * a + (1 - k) * b`, `k = clip((s - low) / (high - low) - alpha, 0, 1)`.
 

@@ -115,7 +115,7 @@ def nuslerp_rows(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor:
     return on_row_arcs(a, b, alpha)
 
 
-@method(version=1, cut="filters")
+@method(version=2, cut="filters")
 def nuslerp_columns(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor | Generator[Any, Any, Tensor]:
     """Mix each column by the shares of an arc of its own: `nuslerp` for every vector along the first dimension.
 

@@ -22,30 +22,36 @@ _FEW_TERMS = 256  # so many are added one by one
 
 
 def sums(vectors: Sequence[Tensor], pairs: Sequence[tuple[int, int | None]]) -> list[float]:
-    """Sum the products of pairs of slices, or single ones: block upon block, then what lies there."""
-    flat, found = [vector.reshape(-1) for vector in vectors], []
-    for start in range(0, max(1, len(flat[0])), _BLOCK):
+    """Sum the products of pairs of slices, or single ones: block upon block, then what lies there.
+
+    Products of float32 numbers are exact in float64. So it is all the same whether `addcmul` rounds once, as it does on CPUs that can, or
+    first the product and then the sum, and it takes half the time; products of float64 numbers are rounded by themselves.
+    """
+    flat = [vector.reshape(-1) for vector in vectors]
+    is_exact = [vector.dtype is not torch.float64 for vector in flat]
+    terms = torch.zeros(len(pairs), min(_BLOCK, len(flat[0])), dtype=torch.float64)
+    for start in range(0, len(flat[0]), _BLOCK):
         wide = [vector[start : start + _BLOCK].to(torch.float64) for vector in flat]
-        for k, (n, m) in enumerate(pairs):
-            if not start:
-                found.append(wide[n].clone() if m is None else wide[n] * wide[m])
-            elif m is None:
-                found[k][: len(wide[n])] += wide[n]
+        for row, (n, m) in zip(terms[:, : len(wide[0])].unbind(), pairs, strict=True):
+            if m is None:
+                row.add_(wide[n])
+            elif is_exact[n] and is_exact[m]:
+                row.addcmul_(wide[n], wide[m])
             else:
-                found[k][: len(wide[n])] += wide[n] * wide[m]
-    return [_added_up(terms) for terms in found]
+                row.add_(wide[n] * wide[m])
+    return [exact_sum(row) for row in _added_up(terms).tolist()]
 
 
-def _added_up(terms: Tensor) -> float:
-    """Add up a flat float64 tensor, which is overwritten: the upper half onto the lower, until few are left."""
-    count = len(terms)
+def _added_up(terms: Tensor) -> Tensor:
+    """Add up the rows of a float64 tensor, which is overwritten: the upper half of each onto the lower, until few terms are left."""
+    count = terms.shape[1]
     while count > _FEW_TERMS:
         half = count // 2
-        terms[:half] += terms[half : 2 * half]
+        terms[:, :half] += terms[:, half : 2 * half]
         if count % 2:
-            terms[0] += terms[count - 1]
+            terms[:, 0] += terms[:, count - 1]
         count = half
-    return exact_sum(terms[:count].tolist())
+    return terms[:, :count]
 
 
 def folded(x: Tensor) -> Tensor:
