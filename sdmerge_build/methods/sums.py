@@ -29,10 +29,14 @@ def sums(vectors: Sequence[Tensor], pairs: Sequence[tuple[int, int | None]]) -> 
     """
     flat = [vector.reshape(-1) for vector in vectors]
     is_exact = [vector.dtype is not torch.float64 for vector in flat]
-    terms = torch.zeros(len(pairs), min(_BLOCK, len(flat[0])), dtype=torch.float64)
-    for start in range(0, len(flat[0]), _BLOCK):
+    size = flat[0].numel()
+    terms = torch.zeros(len(pairs), min(_BLOCK, size), dtype=torch.float64)
+    rows = terms.unbind()
+    for start in range(0, size, _BLOCK):
         wide = [vector[start : start + _BLOCK].to(torch.float64) for vector in flat]
-        for row, (n, m) in zip(terms[:, : len(wide[0])].unbind(), pairs, strict=True):
+        if size - start < _BLOCK:
+            rows = terms[:, : size - start].unbind()
+        for row, (n, m) in zip(rows, pairs, strict=True):
             if m is None:
                 row.add_(wide[n])
             elif is_exact[n] and is_exact[m]:
@@ -47,9 +51,9 @@ def _added_up(terms: Tensor) -> Tensor:
     count = terms.shape[1]
     while count > _FEW_TERMS:
         half = count // 2
-        terms[:, :half] += terms[:, half : 2 * half]
+        terms[:, :half].add_(terms[:, half : 2 * half])  # `+=` would copy what it added onto itself
         if count % 2:
-            terms[:, 0] += terms[:, count - 1]
+            terms[:, 0].add_(terms[:, count - 1])
         count = half
     return terms[:, :count]
 
