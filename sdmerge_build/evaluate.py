@@ -296,7 +296,10 @@ class Evaluator:
 
         def computed() -> Tensor:
             everything = site._replace(start=0, length=math.prod(site.apply.shape))
-            return self._applied(everything, self._args(everything), {}, None)
+            values = dict(self._args(everything))
+            for n in values:  # a large tensor is not kept in two dtypes
+                values[n] = widened(n, values, site.apply.compute, {})
+            return self._applied(everything, values, {}, None)
 
         return self._once(self._whole, site, computed, meanwhile=self._begin_next)
 

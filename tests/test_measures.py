@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sdmerge_build import passes, programs
 from sdmerge_build.errors import SdbuildError
 from sdmerge_build.methods import collecting, method
+from sdmerge_build.methods.lanes import added_up, compiled
 from sdmerge_build.methods.measures import CHUNK, Partials, answer_alone, columns, count, dot, gram, kth, least, most, row_sums, total
 
 NUMBERS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6), min_size=1, max_size=300)
@@ -88,6 +89,19 @@ def test_sums_of_products_of_float32_are_rounded_as_if_products_were_rounded_fir
 
     assert answers(dot(x, y)) == pytest.approx(answers(dot(x.double(), y.double())), rel=0, abs=0, nan_ok=True)
     assert all(float(a) * float(b) == Fraction(a) * Fraction(b) for a, b in pairs if math.isfinite(a) and math.isfinite(b))
+
+
+@pytest.mark.parametrize("count", [1, 300, 32_768, 32_769, CHUNK])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_are_the_same_with_and_without_torchscript(count, dtype):
+    """
+    What runs without Python's lock is what is written in Python, bit for bit.
+    """
+    x, y = (checkpoints.numbers(letter, "w", (count,), dtype) for letter in "AB")
+    pairs = [(0, 0), (0, 1), (1, -1)]
+
+    assert compiled() is not added_up
+    assert compiled()([x, y], pairs, 1 << 15, 256).equal(added_up([x, y], pairs, 1 << 15, 256))
 
 
 @given(st.integers(1, 40), st.randoms(use_true_random=False))

@@ -149,7 +149,7 @@ def smooth_add(a: Tensor, b: Tensor, c: Tensor, /, *, alpha: Ratio = 1.0) -> Ten
     """
     if alpha == 0 or not a.numel():
         return a
-    return a + _smoothed(b.squeeze(), c.squeeze()).reshape(a.shape) * alpha  # along a dimension of 1, neither filter changes anything
+    return a + _smoothed(b.squeeze(), c.squeeze()).reshape(a.shape).mul_(alpha)  # along a dimension of 1, neither filter changes anything
 
 
 def _smoothed(b: Tensor, c: Tensor) -> Tensor:

@@ -22,40 +22,12 @@ _FEW_TERMS = 256  # so many are added one by one
 
 
 def sums(vectors: Sequence[Tensor], pairs: Sequence[tuple[int, int | None]]) -> list[float]:
-    """Sum the products of pairs of slices, or single ones: block upon block, then what lies there.
+    """Sum the products of pairs of slices, or single ones: block upon block, then what lies there."""
+    from sdmerge_build.methods.lanes import compiled  # noqa: PLC0415  imports torch
 
-    Products of float32 numbers are exact in float64. So it is all the same whether `addcmul` rounds once, as it does on CPUs that can, or
-    first the product and then the sum, and it takes half the time; products of float64 numbers are rounded by themselves.
-    """
     flat = [vector.reshape(-1) for vector in vectors]
-    is_exact = [vector.dtype is not torch.float64 for vector in flat]
-    size = flat[0].numel()
-    terms = torch.zeros(len(pairs), min(_BLOCK, size), dtype=torch.float64)
-    rows = terms.unbind()
-    for start in range(0, size, _BLOCK):
-        wide = [vector[start : start + _BLOCK].to(torch.float64) for vector in flat]
-        if size - start < _BLOCK:
-            rows = terms[:, : size - start].unbind()
-        for row, (n, m) in zip(rows, pairs, strict=True):
-            if m is None:
-                row.add_(wide[n])
-            elif is_exact[n] and is_exact[m]:
-                row.addcmul_(wide[n], wide[m])
-            else:
-                row.add_(wide[n] * wide[m])
-    return [exact_sum(row) for row in _added_up(terms).tolist()]
-
-
-def _added_up(terms: Tensor) -> Tensor:
-    """Add up the rows of a float64 tensor, which is overwritten: the upper half of each onto the lower, until few terms are left."""
-    count = terms.shape[1]
-    while count > _FEW_TERMS:
-        half = count // 2
-        terms[:, :half].add_(terms[:, half : 2 * half])  # `+=` would copy what it added onto itself
-        if count % 2:
-            terms[:, 0].add_(terms[:, count - 1])
-        count = half
-    return terms[:, :count]
+    terms = compiled()(flat, [(n, -1 if m is None else m) for n, m in pairs], _BLOCK, _FEW_TERMS)
+    return [exact_sum(row) for row in terms.tolist()]
 
 
 def folded(x: Tensor) -> Tensor:
