@@ -6,6 +6,7 @@ Has never heard of methods or of what is computed; the slices it makes are flat.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO
 
@@ -28,14 +29,21 @@ def read_slice(files: Sequence[BinaryIO], value: Load, start: int, count: int) -
     torch_dtype = TORCH.get(value.dtype, torch.uint8)
     tensor = torch.empty(count * width // torch_dtype.itemsize, dtype=torch_dtype)
     view = memoryview((ctypes.c_ubyte * (count * width)).from_address(tensor.data_ptr())).cast("B")
-    file.seek(value.start + start * width)
-    have = 0
+    have, position = 0, value.start + start * width
     while have < len(view):
-        got = file.readinto(view[have:])  # type: ignore[attr-defined]  # raw files have it
+        got = _read_at(file, position + have, view[have:])
         if not got:
             raise IntegrityError(Issue(where=str(file.name), what="the file became shorter while it was being read"))
         have += got
     return tensor
+
+
+def _read_at(file: BinaryIO, position: int, view: memoryview) -> int:
+    """Read into memory what is at a position of a file; where the system can do that in one call, threads wait less for Python's lock."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [view], position)
+    file.seek(position)
+    return file.readinto(view)  # type: ignore[attr-defined, no-any-return]  # raw files have it
 
 
 def read_factor(files: Sequence[BinaryIO], value: Load, shape: tuple[int, ...]) -> Tensor:

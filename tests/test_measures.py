@@ -104,6 +104,35 @@ def test_sums_are_the_same_with_and_without_torchscript(count, dtype):
     assert compiled()([x, y], pairs, 1 << 15, 256).equal(added_up([x, y], pairs, 1 << 15, 256))
 
 
+def test_sums_over_several_chunks_stay_what_they_are():
+    """
+    What changes these numbers changes what methods make of large tensors: the versions of those that ask for sums go up with them.
+    """
+    x, y = (checkpoints.numbers(letter, "w", (900, 1024), torch.float32) for letter in "AB")
+    answered = []
+
+    with collecting() as own:
+
+        @method(version=1, cut="filters")
+        def summed(a, b, /):
+            """Ask for sums of every kind."""
+            answered.append((yield total(a), dot(a, b), gram(a, b), columns(a, b)))
+            return a
+
+    applied.evaluate(own["summed"], [x, y], {})
+
+    plain, product, ((aa, ab), (_, bb)), down = answered[0]
+    assert [number.hex() for number in (plain, product, aa, ab, bb, *down[:2].tolist())] == [
+        "0x1.9f945b8afc000p+4",
+        "-0x1.c2f90b0589173p+1",
+        "0x1.31e9d9172f438p+12",
+        "-0x1.c2f90b0589173p+1",
+        "0x1.31de712361a7fp+12",
+        "0x1.aeca32a0a75a0p-3",
+        "0x1.8b98c82e4514cp-2",
+    ]
+
+
 @given(st.integers(1, 40), st.randoms(use_true_random=False))
 def test_vectors_of_chunks_are_added_in_one_order_whichever_comes_first(chunks, random):
     """

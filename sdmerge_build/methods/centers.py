@@ -24,7 +24,7 @@ else:
 __all__ = ["geometric_median", "model_stock", "model_stock_filters", "model_stock_rows"]
 
 
-@method(version=2)
+@method(version=3)
 def model_stock(base: Tensor, /, *models: Tensor) -> Measured:
     """Go from `base` towards the models' average, as far as they agree: `base + t * (average - base)`, `t = N * c / (1 + (N - 1) * c)`.
 
@@ -69,7 +69,7 @@ def model_stock_rows(base: Tensor, /, *models: Tensor, pairs: Literal["all", "co
     return _by_row(base, models, [(n, n + 1) for n in range(count - 1)] if pairs == "consecutive" else list(itertools.combinations(range(count), 2)))
 
 
-@method(version=2)
+@method(version=3)
 def geometric_median(*models: Tensor, eps: Positive = 1e-6, iterations: int = 100) -> Measured:
     """Find the point with the smallest sum of distances to all models, which a stray one hardly moves: `min over x of the sum of |x - models[i]|`.
 

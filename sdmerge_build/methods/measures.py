@@ -41,7 +41,7 @@ __all__ = [
     "total",
 ]
 
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 """Elements measured at once. Part of what a sum is: another size would be another order of additions."""
 
 T = TypeVar("T")

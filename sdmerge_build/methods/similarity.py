@@ -209,7 +209,7 @@ def multiply_difference(a: Tensor, b: Tensor, c: Tensor, /, *, alpha: Unit, beta
     return c + (power(x.abs(), 1 - alpha) * power(y.abs(), alpha)).copysign(x * (1 - beta) + y * beta)
 
 
-@method(version=2)
+@method(version=3)
 def euclidean_add_difference(a: Tensor, b: Tensor, c: Tensor, /, *, alpha: Unit) -> Generator[Any, Any, Tensor]:
     """Add the root mean square of two differences, scaled to the length of their mixture: `c + |m| * d / |d|`.
 
@@ -321,7 +321,7 @@ def inverse_smoothstep_sum(a: Tensor, b: Tensor, /, *, alpha: Unit = 0.5) -> Ten
     return weighted_sum(a, b, alpha=near if alpha <= 0.5 else 1 - near)
 
 
-@method(version=2)
+@method(version=3)
 def add_perpendicular(a: Tensor, b: Tensor, c: Tensor, /, *, alpha: Ratio = 1.0) -> Generator[Any, Any, Tensor]:
     """Add what `b` learned and `a` did not: `a + alpha * (y - x * (x·y) / (x·x))`, `x = a - c`, `y = b - c`.
 

@@ -22,7 +22,7 @@ else:
 __all__ = ["arcee_fusion", "nearswap", "ram", "sce"]
 
 
-@method(version=2)
+@method(version=3)
 def sce(base: Tensor, /, *models: Tensor, density: Unit = 1.0, place: Place) -> Measured:
     """Take what models disagree on most, each by its energy: `base + sum of q[i] * d[i] / sum of q[i], over d[i] with the elected sign`.
 

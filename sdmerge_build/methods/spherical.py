@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-@method(version=2)
+@method(version=3)
 def slerp(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor | Generator[Any, Any, Tensor]:
     """Turn `a` towards `b`, and mix their lengths: `(sin((1 - alpha) * w) * a / |a| + sin(alpha * w) * b / |b|) / sin(w) * mix(|a|, |b|)`.
 
@@ -49,7 +49,7 @@ def slerp(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor | Generator[
     return on_sphere(a, b, alpha)
 
 
-@method(version=2)
+@method(version=3)
 def slerp_vectors(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor | Generator[Any, Any, Tensor]:
     """Mix two models by the shares of an arc, unless they are nearly parallel: `(sin((1 - alpha) * w) * a + sin(alpha * w) * b) / sin(w)`.
 
@@ -66,7 +66,7 @@ def slerp_vectors(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor | Ge
     return on_arc(a, b, alpha, flattest=0.9995)
 
 
-@method(version=2)
+@method(version=3)
 def nuslerp(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor | Generator[Any, Any, Tensor]:
     """Mix two models by the shares of an arc: `(sin((1 - alpha) * w) * a + sin(alpha * w) * b) / sin(w)`.
 
@@ -83,7 +83,7 @@ def nuslerp(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor | Generato
     return on_arc(a, b, alpha)
 
 
-@method(version=2)
+@method(version=3)
 def nuslerp_differences(base: Tensor, a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor | Generator[Any, Any, Tensor]:
     """Mix what two models learned by the shares of an arc: `base + (sin((1 - alpha) * w) * (a - base) + sin(alpha * w) * (b - base)) / sin(w)`.
 
@@ -131,7 +131,7 @@ def nuslerp_columns(a: Tensor, b: Tensor, /, *, alpha: Ratio = 0.5) -> Tensor | 
     return on_column_arcs(a, b, alpha)
 
 
-@method(version=2)
+@method(version=3)
 def multislerp(*models: Tensor, weights: list[Ratio], normalize: bool = True) -> Tensor | Generator[Any, Any, Tensor]:
     """Go to the weighted mean of directions and lengths: `u / |u| * (weights[0] * |models[0]| + …)`, `u = weights[0] * models[0] / |models[0]| + …`.
 
@@ -145,7 +145,7 @@ def multislerp(*models: Tensor, weights: list[Ratio], normalize: bool = True) ->
     return _multislerp(None, models, weights, normalize=normalize)
 
 
-@method(version=2)
+@method(version=3)
 def multislerp_differences(base: Tensor, /, *models: Tensor, weights: list[Ratio], normalize: bool = True) -> Tensor | Generator[Any, Any, Tensor]:
     """Add to a base the weighted mean, in direction and length, of what models learned since: `base + multislerp(models[0] - base, …)`.
 
@@ -170,7 +170,7 @@ def _multislerp(base: Tensor | None, models: Sequence[Tensor], weights: Sequence
     return middle([model for model, _ in weighted], [weight for _, weight in weighted], base)
 
 
-@method(version=2)
+@method(version=3)
 def karcher(*models: Tensor, iterations: int = 10, tolerance: Positive = 1e-5) -> Tensor | Generator[Any, Any, Tensor]:
     """Go to where the squares of the angles to all models add up to the least, with the mean of their lengths: `u * (|models[0]| + …) / N`.
 

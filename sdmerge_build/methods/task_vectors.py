@@ -124,7 +124,7 @@ def _middle(numel: int, density: float, gamma: float) -> tuple[int, int]:
     return numel - top - kept + 1, numel - top
 
 
-@method(version=2)
+@method(version=3)
 def dare(
     base: Tensor,
     /,
@@ -162,7 +162,7 @@ def dare(
     return combined(base, dropped, vote=_VOTES[consensus], divisor=_divisor(weights, consensus, normalize=normalize), scale=scale)
 
 
-@method(version=2, cut="filters")
+@method(version=3, cut="filters")
 def della(
     base: Tensor,
     /,
