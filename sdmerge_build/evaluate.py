@@ -23,76 +23,17 @@ from torch import Tensor
 from sdmerge_build.errors import Issue, SdbuildError
 from sdmerge_build.methods import Findings, Place
 from sdmerge_build.methods.changes import Baking, ChangeError, Loaded, prepare
-from sdmerge_build.methods.measures import Measure, Partials, answer_alone, answered, chunk_size, seen
+from sdmerge_build.methods.measures import Measure, answer_alone, answered, chunk_size, seen
 from sdmerge_build.programs import Apply, Bake, Count, Fit, Load, Move, Program, Round, args_of, moves_of
+from sdmerge_build.questions import POLL_SECONDS, Question, Stopped
 from sdmerge_build.rounding import EIGHT_BITS, narrowed, rounded, saturated
 from sdmerge_build.slices import counted, fitted, moved, read_factor, read_slice, widened
 
-__all__ = ["Evaluator", "Stopped"]
+__all__ = ["Evaluator"]
 
 T = TypeVar("T")
 
-_POLL_SECONDS = 0.1
 _AHEAD = 16  # tensors that are looked through for the next in one piece
-
-
-class Stopped(Exception):  # noqa: N818  nothing is wrong with the one who stops
-    """Somebody else failed, and nobody needs what was being computed."""
-
-
-class _Job:
-    """One question to one whole tensor: its chunks, what was measured of them, and who waits."""
-
-    def __init__(self, chunks: Sequence[tuple[int, int]]) -> None:
-        self._chunks = chunks
-        self.condition = threading.Condition()
-        self.waiting = list(reversed(range(len(chunks))))
-        self._left = len(chunks)
-        self._states: list[Any] = []
-        self._final: list[bool] = []
-        self._partials: list[Partials] = []
-        self.answers: tuple[Any, ...] | None = None
-
-    def take(self, stopped: threading.Event) -> tuple[int, int, int] | None:
-        """Take a chunk to measure: number, start and length; wait while others measure the last ones. None when the answers are there."""
-        with self.condition:
-            while self.answers is None and not self.waiting:
-                self.condition.wait(_POLL_SECONDS)
-                if stopped.is_set():
-                    raise Stopped
-            if self.answers is not None:
-                return None
-            number = self.waiting.pop()
-            return number, *self._chunks[number]
-
-    def measure(self, number: int, measures: Sequence[Measure]) -> None:
-        """Measure a chunk; whoever measures the last one joins them all."""
-        with self.condition:
-            if not self._partials:
-                self._states, self._final = [None] * len(measures), [False] * len(measures)
-                self._partials = [Partials(len(self._chunks)) for _ in measures]
-            states, final = self._states, self._final
-        found = [None if is_final else m.partial(state) for m, state, is_final in zip(measures, states, final, strict=True)]
-        with self.condition:
-            for measure, partial, known, is_final in zip(measures, found, self._partials, final, strict=True):
-                if not is_final:
-                    known.add(measure, number, partial)
-            self._left -= 1
-            if not self._left:
-                self._join(measures)
-            self.condition.notify_all()
-
-    def _join(self, measures: Sequence[Measure]) -> None:
-        for n, measure in enumerate(measures):
-            if not self._final[n]:
-                self._final[n], self._states[n] = self._partials[n].joined(measure, self._states[n])
-        if all(self._final):
-            self.answers = tuple(self._states)
-            return
-        self._states, self._final = list(self._states), list(self._final)
-        self._partials = [Partials(len(self._chunks)) for _ in measures]
-        self._left = len(self._chunks)
-        self.waiting = list(reversed(range(len(self._chunks))))
 
 
 class _Site(NamedTuple):
@@ -118,7 +59,7 @@ class Evaluator:
         self._architecture = architecture
         self._findings = findings  # by step
         self._lock = threading.Lock()
-        self._jobs: dict[int, dict[tuple[int, int], _Job]] = {}  # by program, then value and phase
+        self._questions: dict[int, dict[tuple[int, int], Question]] = {}  # by program, then value and phase
         self._whole: dict[int, dict[int, Future[Tensor]]] = {}  # by program, then value
         self._bakings: dict[int, dict[int, Future[Baking]]] = {}
         self._orders: dict[tuple[int, frozenset[int], bool], tuple[int, ...]] = {}
@@ -172,7 +113,7 @@ class Evaluator:
 
     def _forget(self, index: int) -> None:
         """Forget a program, and inner ones that no other needs."""
-        for table in (self._jobs, self._whole, self._bakings):
+        for table in (self._questions, self._whole, self._bakings):
             table.pop(index, None)
         for program in moves_of(self._programs[index]):
             self._users[program] -= 1
@@ -190,19 +131,32 @@ class Evaluator:
         return value[(start - low) * width : (start - low + count) * width]
 
     def _order(self, index: int, wanted: frozenset[int], *, in_slices: bool) -> tuple[int, ...]:
-        """List the values that some values need, and themselves, in order. Of what cannot be cut, slices need the result alone."""
+        """List the values that some values need, and themselves, in order. Slices of what is not local need its result alone."""
         if (index, wanted, in_slices) not in self._orders:
             needed = set(wanted)
             for n, value in reversed(list(enumerate(self._programs[index].values))):
-                if n in needed and not (in_slices and isinstance(value, (Apply, Bake)) and value.cut == "nowhere"):
+                if n in needed and not (in_slices and isinstance(value, (Apply, Bake)) and not value.is_local):
                     needed |= args_of(value)
             self._orders[index, wanted, in_slices] = tuple(sorted(needed))
         return self._orders[index, wanted, in_slices]
 
     def _applied(self, site: _Site, values: Mapping[int, Tensor], wide: dict[tuple[int, torch.dtype], Tensor], target: Tensor | None) -> Tensor:
         apply, numel = site.apply, math.prod(site.apply.shape)
-        if apply.cut == "nowhere" and (site.start, site.length) != (0, numel):
-            return self._of_whole(site)[site.start : site.start + site.length]
+        if not apply.is_local and (site.start, site.length) != (0, numel):
+            return self._of_whole(site)[site.start : site.start + site.length] if apply.cut == "nowhere" else self._amid(site, numel)
+        return self._made(site, values, wide, target)
+
+    def _amid(self, site: _Site, numel: int) -> Tensor:
+        """Apply a method to a slice and the neighbours that it must see, and return what it makes of the slice."""
+        assert isinstance(site.apply, Apply), "BUG: only a method has a reach"
+        reach = site.apply.method.reach * math.prod(site.apply.shape[1:])
+        start, end = max(0, site.start - reach), min(numel, site.start + site.length + reach)
+        around = site._replace(start=start, length=end - start)
+        return self._made(around, self._args(around), {}, None)[site.start - start :][: site.length]
+
+    def _made(self, site: _Site, values: Mapping[int, Tensor], wide: dict[tuple[int, torch.dtype], Tensor], target: Tensor | None) -> Tensor:
+        """Apply a method or adapters to a slice; what is asked of the whole tensor is found out first."""
+        apply, numel = site.apply, math.prod(site.apply.shape)
         made = self._baked(site, values, wide) if isinstance(apply, Bake) else self._started(site, values, wide)
         if inspect.isgenerator(made):
             alone = (site.start, site.length) == (0, numel) and (numel <= chunk_size(apply.cut, apply.shape) or apply.cut == "nowhere")
@@ -259,16 +213,16 @@ class Evaluator:
         """Answer what a method asks of a whole tensor; whoever comes first or meanwhile helps to measure."""
         numel = math.prod(site.apply.shape)
         with self._lock:
-            jobs = self._jobs.setdefault(site.program, {})
-            if (site.value, phase) not in jobs:
+            questions = self._questions.setdefault(site.program, {})
+            if (site.value, phase) not in questions:
                 size = chunk_size(site.apply.cut, site.apply.shape)
-                jobs[site.value, phase] = _Job([(start, min(size, numel - start)) for start in range(0, numel, size)])
-            job = jobs[site.value, phase]
-        while chunk := job.take(self.stopped):
+                questions[site.value, phase] = Question([(start, min(size, numel - start)) for start in range(0, numel, size)])
+            question = questions[site.value, phase]
+        while chunk := question.take(self.stopped):
             number, start, count = chunk
-            job.measure(number, self._asked(site._replace(start=start, length=count), phase))
-        assert job.answers is not None, "BUG: a job ends with its answers"
-        return job.answers
+            question.measure(number, self._asked(site._replace(start=start, length=count), phase))
+        assert question.answers is not None, "BUG: a question ends with its answers"
+        return question.answers
 
     def _asked(self, site: _Site, phase: int) -> Sequence[Measure]:
         """Run a method on a chunk until it asks for the measures of a phase."""
@@ -315,7 +269,7 @@ class Evaluator:
             future.set_result(make())
         elif meanwhile and not future.done():
             meanwhile(site)
-        while not wait([future], _POLL_SECONDS).done:
+        while not wait([future], POLL_SECONDS).done:
             if self.stopped.is_set():
                 raise Stopped
         return future.result()

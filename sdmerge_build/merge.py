@@ -18,10 +18,11 @@ import torch
 
 from sdmerge_build.dtypes import ITEMSIZE
 from sdmerge_build.errors import Issue, SdbuildError
-from sdmerge_build.evaluate import Evaluator, Stopped
+from sdmerge_build.evaluate import Evaluator
 from sdmerge_build.methods import Findings
 from sdmerge_build.passes import Batch, Pass, Slice
 from sdmerge_build.programs import Load, Program, loads_of, moves_of
+from sdmerge_build.questions import Stopped
 from sdmerge_build.rounding import EIGHT_BITS, LARGEST, TORCH
 from sdmerge_build.slices import read_slice
 from sdmerge_build.writer import Buffers, Writer, Written

@@ -43,6 +43,9 @@ SLICE = 256 << 10
 _BAKED = 1 << 19
 """Elements evaluated at once where factors of adapters are multiplied: products of few rows read the other factor too often."""
 
+_REACHING = 1 << 20
+"""Elements evaluated at once where a method sees neighbours of a slice too: these are evaluated again with the next slice."""
+
 _USUALLY_ALIVE = 8
 """Values of a program that may be alive at once before slices shrink."""
 
@@ -85,6 +88,11 @@ class Apply:
         """Say where the tensor may be cut."""
         return self.method.cut
 
+    @property
+    def is_local(self) -> bool:
+        """Tell whether slices of its arguments are enough for a slice of its result."""
+        return self.cut != "nowhere" and not self.method.reach
+
 
 @dataclass(frozen=True, slots=True)
 class Alteration:
@@ -107,6 +115,11 @@ class Bake:
     shape: tuple[int, ...]
     saturates: bool
     cut: str
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether a slice of its argument is enough for a slice of its result."""
+        return self.cut != "nowhere"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +196,8 @@ class Program:
         wanted = SLICE * _USUALLY_ALIVE // max(_USUALLY_ALIVE, most)
         if any(isinstance(value, Bake) for value in self.values):
             wanted = max(wanted, _BAKED)
+        if any(isinstance(value, Apply) and value.method.reach for value in self.values):
+            wanted = max(wanted, _REACHING)
         return max(self.grain, wanted // self.grain * self.grain)
 
 

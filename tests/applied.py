@@ -57,9 +57,11 @@ def evaluate(
     size = numel if method.cut == "nowhere" else max(grain, slice_size // grain * grain) if slice_size else max(1, numel)
     pieces = []
     for at in range(0, max(1, numel), size):
-        made = start(at, min(size, numel - at))
+        count, reach = min(size, numel - at), method.reach * grain
+        low, high = max(0, at - reach), min(numel, at + count + reach)
+        made = start(low, high - low)
         made = answered(made, answers) if inspect.isgenerator(made) else made
-        pieces.append(made.reshape(-1))
+        pieces.append(made.reshape(-1)[at - low :][:count])
     return torch.cat(pieces).view(shape)
 
 

@@ -22,7 +22,7 @@ FLOORS = [
     {"plan", "store", "emit", "facts"},
     {"keys", "check", "supply", "contribution", "testimony", "bars"},
     {"ancestry", "coverage", "programs"},
-    {"compiling", "slices"},
+    {"compiling", "questions", "slices"},
     {"lineage", "passes", "evaluate"},
     {"merge", "manifest", "surveys"},
     {"release", "making"},

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sdmerge_build import passes, programs
 from sdmerge_build.errors import SdbuildError
-from sdmerge_build.methods import collecting, method
+from sdmerge_build.methods import collecting, method, methods
 from sdmerge_build.methods.lanes import added_up, compiled
 from sdmerge_build.methods.measures import CHUNK, Partials, answer_alone, columns, count, dot, gram, kth, least, most, row_sums, total
 
@@ -267,6 +267,17 @@ a = "whole-of-B"
 [step.whole-of-B]
 method = "whole"
 a = "B"
+[step.sixth]
+method = "smooth_add"
+a = "third"
+b = "nested"
+c = "A"
+artifact = true
+[step.seventh]
+method = "smooth_add"
+a = "B"
+b = "A"
+c = "sixth"
 [step.nested]
 method = "centred"
 a = "B"
@@ -290,7 +301,7 @@ def lay_down(space: Space) -> dict[str, dict[str, torch.Tensor]]:
 
 def test_the_engine_gives_measured_methods_what_whole_tensors_would(space: Space):
     """
-    Steps on steps that ask about whole tensors, see rows, filters, or everything, have the bits of evaluating whole tensors one by one.
+    Steps on steps that ask about whole tensors, see rows, filters, neighbours, or everything, have the bits of evaluating whole tensors one by one.
     """
     from sdmerge_build.methods.own import methods_in
 
@@ -308,6 +319,9 @@ def test_the_engine_gives_measured_methods_what_whole_tensors_would(space: Space
         assert space.load("fourth")[name].equal(applied.evaluate(own["whole"], [third], {}, name=name)), name
         turned = applied.evaluate(own["whole"], [b], {}, name=name)
         assert space.load("fifth")[name].equal(applied.evaluate(own["placed"], [turned], {}, name=name)), name
+        sixth = applied.evaluate(methods()["smooth_add"], [third, nested, a], {}, name=name)
+        assert space.load("sixth")[name].equal(sixth), name
+        assert space.load("seventh")[name].equal(applied.evaluate(methods()["smooth_add"], [b, a, sixth], {}, name=name)), name
 
 
 @pytest.mark.parametrize(("slice_", "batch", "jobs"), [(10_000, 30_000, 3), (1 << 20, 1 << 22, 1)])
@@ -318,6 +332,7 @@ def test_measured_methods_do_not_depend_on_slices_and_threads(space: Space, monk
     lay_down(space)
     usual = {wish.step.name: wish.stored.sha256 for wish in space.build().wishes}
     monkeypatch.setattr(programs, "SLICE", slice_)
+    monkeypatch.setattr(programs, "_REACHING", slice_)
     monkeypatch.setattr(passes, "BATCH", batch)
     again = space.build(store=space.path / "other", out=space.path / "other-out", jobs=jobs)
 

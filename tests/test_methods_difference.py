@@ -201,4 +201,4 @@ def test_a_tensor_without_elements_stays_so():
     """An empty tensor is smoothed to an empty tensor."""
     empty = torch.empty(0, 4)
 
-    assert difference.smooth_add(empty, empty, empty).shape == (0, 4)
+    assert evaluate(methods()["smooth_add"], [empty, empty, empty], {}).shape == (0, 4)

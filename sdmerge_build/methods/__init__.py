@@ -97,8 +97,8 @@ class Place:
 
     name: str  # of the tensor
     shape: tuple[int, ...]  # of the tensor
-    start: int  # position of the slice's first element in the flat tensor
-    count: int  # elements of the slice
+    start: int  # position of the first element that the method sees in the flat tensor
+    count: int  # elements that it sees
     architecture: str
 
     @property
@@ -162,6 +162,8 @@ class Method:
     """Given the models' names and shapes, the architecture and the parameters, tells of which tensors each of the result is made, unchanged."""
     gathers: str = ""  # what it calls models that are given under the names of components
     cut: str = "anywhere"
+    reach: int = 0
+    """How many filters before and after those of a slice it must see as well, where there are any; what it makes of them is thrown away."""
     makes_adapter: bool = False
     """Whether its result is an adapter, which is made in one piece, and not by its function."""
     pinned: bool = False
@@ -199,6 +201,7 @@ def method(
     selects: Callable[..., bool] | None = None,
     moves: Callable[..., Any] | None = None,
     cut: str = "anywhere",
+    reach: int = 0,
     makes_adapter: bool = False,
     pinned: bool = False,
     survey: Survey | None = None,
@@ -216,6 +219,9 @@ def method(
 
     def register(function: Function) -> Function:
         signature = inspect.signature(function).parameters.values()
+        if reach and (cut != "filters" or inspect.isgeneratorfunction(function)):
+            message = "a method that sees neighbours is cut between filters, and asks nothing of the whole tensor"
+            raise ValueError(message)
         if function.__name__ in _collected.get():
             message = f"there is a method `{function.__name__}` already"
             raise ValueError(message)
@@ -235,6 +241,7 @@ def method(
             moves=moves,
             gathers=next((p.name for p in signature if p.kind is p.VAR_KEYWORD), ""),
             cut=cut,
+            reach=reach,
             makes_adapter=makes_adapter,
             pinned=pinned,
             survey=survey,

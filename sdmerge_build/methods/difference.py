@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from sdmerge_build.methods import Positive, Ratio, Unit, method
+from sdmerge_build.methods import Place, Positive, Ratio, Unit, method
 from sdmerge_build.methods.elementary import power, sqrt
 from sdmerge_build.methods.measures import row_sums
 
@@ -136,8 +136,8 @@ def _stiff(bounds: Sequence[Tensor], low: Tensor, high: Tensor, stiffness: float
     return low + (below - low) * stiffness, high + (above - high) * stiffness  # nothing moves where both are one
 
 
-@method(version=1, cut="nowhere")
-def smooth_add(a: Tensor, b: Tensor, c: Tensor, /, *, alpha: Ratio = 1.0) -> Tensor:
+@method(version=1, cut="filters", reach=1 + _REACH)
+def smooth_add(a: Tensor, b: Tensor, c: Tensor, /, *, alpha: Ratio = 1.0, place: Place) -> Tensor:
     """Add what `b` learned since `c`, smoothed: `a + alpha * gaussian(median(b - c))`.
 
     alpha: how much of it. Each weight of the difference becomes the median of its neighbourhood of 3 in every dimension, then the mean of one of 9,
@@ -149,15 +149,17 @@ def smooth_add(a: Tensor, b: Tensor, c: Tensor, /, *, alpha: Ratio = 1.0) -> Ten
     """
     if alpha == 0 or not a.numel():
         return a
-    return a + _smoothed(b.squeeze(), c.squeeze()).reshape(a.shape).mul_(alpha)  # along a dimension of 1, neither filter changes anything
+    order = _filtering_order(place.shape)
+    if not order:
+        return a + (b - c) * alpha
+    sizes = [len(a) if dimension == 0 else place.shape[dimension] for dimension in sorted(order)]
+    axes = [sorted(order).index(dimension) for dimension in order]
+    blurred = _smoothed(b.view(sizes).permute(axes), c.view(sizes).permute(axes))
+    return a + blurred.permute([axes.index(axis) for axis in range(len(axes))]).reshape(a.shape).mul_(alpha)
 
 
 def _smoothed(b: Tensor, c: Tensor) -> Tensor:
     """Filter the difference of two tensors, in blocks."""
-    if not b.dim():
-        return b - c
-    order = _filtering_order(b.shape)
-    b, c = b.permute(order), c.permute(order)
     smooth = b.new_empty(b.shape)
     for rows in _blocks(b):
         middle = _medians(_near(b, 0, rows, 1) - _near(c, 0, rows, 1) + 0.0)  # of 0 and -0 each CPU has another minimum
@@ -167,13 +169,16 @@ def _smoothed(b: Tensor, c: Tensor) -> Tensor:
     blurred = torch.empty_like(smooth)
     for rows in _blocks(b):
         blurred[rows] = _blurred(_near(smooth, 0, rows, _REACH), 0).to(b.dtype)
-    return blurred.permute([order.index(dimension) for dimension in range(b.dim())])
+    return blurred
 
 
 def _filtering_order(shape: Sequence[int]) -> list[int]:
-    """Return the dimensions so that blocks of the first one are small, and the last one is long: the inner loops run along it."""
-    by_size = sorted(range(len(shape)), key=lambda dimension: shape[dimension])
-    return [*by_size[-2:-1], *by_size[:-2], by_size[-1]]
+    """Return the dimensions so that blocks of the first one are small, and the last one is long: the inner loops run along it.
+
+    It is part of the result, which is rounded before the first one is blurred. Along a dimension of 1, neither filter changes anything.
+    """
+    by_size = sorted((dimension for dimension, size in enumerate(shape) if size > 1), key=lambda dimension: shape[dimension])
+    return [*by_size[-2:-1], *by_size[:-2], by_size[-1]] if by_size else []
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:
